@@ -1,0 +1,102 @@
+"""Token -> slot segments, computed once per step and shared by every layer of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# A tile is up to this many tokens of one slot: the unit of work of the GPU kernels. Decode batches have few
+# tokens a slot, so small tiles waste least (16 is the smallest M that tensor cores take); prefill wants large
+# ones, which read the weights less often. Launchers choose by the number of rows of x.
+TILE_SIZES = (16, 64)
+
+# Header of the buffer, int32: tokens in segments, segments, then the number of tiles of each size.
+NUM_TOKENS, NUM_SEGMENTS, NUM_TILES, HEADER = 0, 1, 2, 4
+
+
+class StepMetadata:
+    """Which tokens of the step belong to which slot.
+
+    Tokens are sorted by slot (stable); a *segment* is the run of one slot's tokens in that order. Tokens of
+    slot -1 (no adapter) are in no segment. Each segment is also cut into *tiles* of at most `size` tokens, for
+    each size in TILE_SIZES, for kernels that want equal units of work.
+
+    All of it lives in one int32 buffer, with the same addresses for the whole life of the object, so that
+    CUDA graphs and compiled code may hold on to it. Its parts, one after another:
+
+        header [4]             tokens in segments, segments, tiles of 16, tiles of 64
+        segment_slot [S]       S = max_slots
+        segment_start [S + 1]  into order
+        order [N]              token ids sorted by slot; N = max_tokens
+        tiles_16 [M, 3]        slot, start into order, tokens; M = ceil(N / 16) + S
+        tiles_64 [M, 3]        the same, M = ceil(N / 64) + S
+
+    host:   the buffer on the CPU: what CPU operators read, and where launchers look for "nothing to do".
+    device: its copy on the accelerator, updated without synchronisation; `host` itself on a CPU.
+    """
+
+    def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str = "cpu") -> None:
+        self.max_tokens, self.max_slots = max_tokens, max_slots
+        sizes = {"header": HEADER, "segment_slot": max_slots, "segment_start": max_slots + 1, "order": max_tokens}
+        sizes |= {f"tiles_{size}": 3 * self.max_tiles(size) for size in TILE_SIZES}
+        ends = np.cumsum(list(sizes.values())).tolist()
+        self.parts = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        self.host = torch.zeros(ends[-1], dtype=torch.int32)
+        self.device = self.host if torch.device(device).type == "cpu" else torch.zeros_like(self.host, device=device)
+        self._np = self.host.numpy()
+
+    def max_tiles(self, size: int, tokens: int | None = None) -> int:
+        """An upper bound of the tiles of `size` that a step of `tokens` rows (default: max_tokens) can have."""
+        tokens = self.max_tokens if tokens is None else tokens
+        return min(-(-tokens // size) + self.max_slots, tokens)
+
+    def part(self, name: str, *, device: bool = False) -> torch.Tensor:
+        """A view of one part of the buffer, on the host or on the device."""
+        return (self.device if device else self.host)[self.parts[name]]
+
+    @property
+    def active(self) -> bool:
+        """Whether any token of this step has an adapter."""
+        return bool(self._np[NUM_SEGMENTS])
+
+    def update(self, token_slots: Sequence[int] | np.ndarray) -> None:
+        """Set the slots of this step's tokens, -1 for none. [T], T <= max_tokens, slots < max_slots.
+
+        Raises ValueError when there are more tokens or slots than the object was made for.
+        """
+        slots = np.asarray(token_slots, dtype=np.int32)
+        if slots.size > self.max_tokens:
+            raise ValueError(f"step metadata: got {slots.size} tokens, expected at most {self.max_tokens}")
+        order = np.argsort(slots, kind="stable").astype(np.int32)
+        order = order[np.searchsorted(slots[order], 0) :]
+        ids, counts = np.unique(slots[order], return_counts=True)
+        if ids.size and ids[-1] >= self.max_slots:
+            raise ValueError(f"step metadata: got slot {ids[-1]}, expected at most {self.max_slots - 1}")
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        header = [order.size, ids.size]
+        self._write("segment_slot", ids)
+        self._write("segment_start", starts)
+        self._write("order", order)
+        for size in TILE_SIZES:
+            tiles = _tiles(ids, starts, counts, size)
+            header.append(len(tiles))
+            self._write(f"tiles_{size}", tiles.reshape(-1))
+        self._write("header", np.array(header))
+        if self.device is not self.host:
+            # A fresh pinned copy: the caching allocator keeps it until the copy is done, so that the next
+            # step may write `host` while this one is still in flight.
+            self.device.copy_(self.host.pin_memory(), non_blocking=True)
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        start = self.parts[name].start
+        self._np[start : start + values.size] = values
+
+
+def _tiles(ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
+    """[tiles, 3]: slot, start into order, tokens, of all segments cut into tiles of at most `size`."""
+    per_segment = -(-counts // size)
+    segment = np.repeat(np.arange(ids.size), per_segment)
+    offset = (np.arange(segment.size) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)) * size
+    return np.stack([ids[segment], starts[segment] + offset, np.minimum(size, counts[segment] - offset)], axis=1)

@@ -1,0 +1,63 @@
+"""The grouped torch path: the same semantics with a few torch calls per adapter of the batch.
+
+Works on any device that torch knows, without a compiler or Triton. It is the CPU fallback, and slow when many
+adapters meet in one batch: its cost grows with the number of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hydra_kernels.metadata import HEADER, NUM_SEGMENTS
+from hydra_kernels.reference import gate
+from hydra_kernels.weights import Layout
+
+
+def segments(meta: torch.Tensor, max_slots: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(slot, token ids) for each segment of a host metadata buffer."""
+    starts = meta[HEADER + max_slots : HEADER + 2 * max_slots + 1]
+    order = meta[HEADER + 2 * max_slots + 1 :]
+    for i in range(int(meta[NUM_SEGMENTS])):
+        yield int(meta[HEADER + i]), order[int(starts[i]) : int(starts[i + 1])].long()
+
+
+def layouts(record: list[list[int]]) -> Iterator[tuple[int, Layout]]:
+    """(slice, layout) for each slice that the slot's record [slices, 8] adapts."""
+    for i, (rank, heads, shared, top_k, renormalize, router, bias, _) in enumerate(record):
+        if rank:
+            yield i, Layout(rank, heads, bool(shared), top_k, bool(renormalize), bool(router), bool(bias))
+
+
+def shrink(
+    x: torch.Tensor, a: torch.Tensor, layout: torch.Tensor, meta: torch.Tensor, max_slots: int
+) -> torch.Tensor:
+    z = torch.zeros(a.shape[1], x.shape[0], a.shape[2], dtype=torch.float32, device=x.device)
+    for slot, rows in segments(meta, max_slots):
+        tokens = x[rows].float()  # the gate is sensitive: logits stay in float32
+        for i, lay in layouts(layout[slot].tolist()):
+            z[i, rows, : lay.z_rows] = tokens @ a[slot, i, : lay.z_rows].float().T
+    return z
+
+
+def expand_(
+    y: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    layout: torch.Tensor,
+    bias: torch.Tensor,
+    slice_start: torch.Tensor,
+    meta: torch.Tensor,
+    max_slots: int,
+) -> None:
+    start = slice_start.tolist()
+    for slot, rows in segments(meta, max_slots):
+        for i, lay in layouts(layout[slot].tolist()):
+            group = z[i, rows]
+            u = group[:, : lay.a_rows]
+            u = u[:, None, :] if lay.shared_a else u.view(-1, lay.heads, lay.rank)
+            logits = group[:, lay.a_rows : lay.z_rows] + bias[slot, i, : lay.heads] if lay.has_router else None
+            w = gate(logits, lay, rows.numel(), torch.float32).to(z.device)
+            h = (w[:, :, None] * u).flatten(1).to(b.dtype)
+            y[rows, start[i] : start[i + 1]] += (h @ b[slot, start[i] : start[i + 1], : lay.k].T).to(y.dtype)
