@@ -1,0 +1,1 @@
+"""HydraServe: many router-mixed LoRA adapters (HydraLoRA) over one base model, on vLLM."""

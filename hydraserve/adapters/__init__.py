@@ -1,0 +1,1 @@
+"""Adapters on disk and in memory; torch and safetensors only."""

@@ -1,0 +1,69 @@
+"""The server's configuration, validated once, and the one place that reads HYDRASERVE_* variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# Adapters that can meet in one batch when nothing else is said: enough for most, small beside a base model.
+DEFAULT_SLOTS = 8
+# Kept free for adapters loaded later, beyond what the given ones need.
+DEFAULT_MAX_RANK = 16
+DEFAULT_MAX_HEADS = 4
+# Seconds that running requests get to finish after the first SIGINT or SIGTERM.
+DEFAULT_SHUTDOWN_TIMEOUT = 30
+
+
+def cache_dir() -> Path:
+    """Where made and downloaded files are kept: HYDRASERVE_CACHE, else the user's cache folder."""
+    given = os.environ.get("HYDRASERVE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hydraserve"
+
+
+def plugin_enabled() -> bool:
+    """Whether vLLM is extended in this process; HYDRASERVE_PLUGIN=0 leaves vLLM's own LoRA path."""
+    return os.environ.get("HYDRASERVE_PLUGIN", "1") != "0"
+
+
+def debug() -> bool:
+    """Whether errors come with tracebacks: HYDRASERVE_DEBUG=1, which `--debug` sets for all processes."""
+    return os.environ.get("HYDRASERVE_DEBUG", "0") == "1"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter named on the command line: the name requests use, and the folder."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What `hydraserve serve` decides itself; everything else is vLLM's.
+
+    model:          short name, Hub id or path, as typed.
+    adapters:       served from the start.
+    slots:          adapters that can be in one batch. None: the given ones, at most DEFAULT_SLOTS; with
+                    --max-adapters given, room for those too, up to DEFAULT_SLOTS.
+    max_adapters:   adapters kept in host memory. None: the given ones, at least the slots.
+    max_rank, max_heads: the largest adapter to leave room for. None: as the given ones need (without any:
+                    DEFAULT_MAX_RANK, DEFAULT_MAX_HEADS).
+    target_modules: the linear layers to wrap, by last name component. None: those the given adapters use
+                    (without any: all).
+    """
+
+    model: str
+    adapters: tuple[AdapterSource, ...] = ()
+    slots: int | None = None
+    max_adapters: int | None = None
+    max_rank: int | None = None
+    max_heads: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    host: str = ""
+    port: int = 8000
+    debug: bool = False

@@ -1,0 +1,1 @@
+"""The vLLM engine, extended. The only importer of vllm's internals."""

@@ -1,0 +1,40 @@
+"""Start vLLM's OpenAI server in this process, with our plugins."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from importlib.metadata import entry_points
+
+from hydraserve.engine import compat
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """vLLM's own `serve` arguments, parsed and validated by vLLM. Exits with its usage message when wrong."""
+    compat.check_version()
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="hydraserve serve", usage="hydraserve serve [options]"))
+    args = parser.parse_args(arguments)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def run(args: Namespace) -> None:
+    """Serve until a signal. vLLM starts its engine and worker processes from here."""
+    use_plugins()
+    compat.apply()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    ServeSubcommand.cmd(args)
+
+
+def use_plugins() -> None:
+    """Name our endpoint plugin in VLLM_PLUGINS, which vLLM asks for, without shutting other plugins out."""
+    ours = [point.name for point in entry_points(group="vllm.endpoint_plugins", module="hydraserve.server.app")]
+    given = os.environ.get("VLLM_PLUGINS")
+    others = given.split(",") if given is not None else entry_points(group="vllm.general_plugins").names
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted({*filter(None, others), "hydraserve", *ours}))

@@ -1,0 +1,1 @@
+"""The HTTP side: our routes beside vLLM's."""

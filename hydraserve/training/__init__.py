@@ -1,0 +1,1 @@
+"""Data, choice of the number of heads, trainer and analysis."""
