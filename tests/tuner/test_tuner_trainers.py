@@ -1,0 +1,120 @@
+"""HydraLoRA under transformers' Trainer and TRL's SFTTrainer, both unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from trl import SFTConfig, SFTTrainer
+
+from hydraserve.tuner import HydraLoraConfig, RouterLossCallback
+from hydraserve.tuner.losses import RouterLosses
+
+VOCABULARY = 32
+COMMON: dict[str, Any] = {
+    "learning_rate": 2e-2,
+    "lr_scheduler_type": "constant",
+    "max_steps": 30,
+    "per_device_train_batch_size": 16,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # initializer_range: hidden states large enough for the frozen output layer to be steered in a few steps
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, **sizes)
+    )
+
+
+def config(**options: float) -> HydraLoraConfig:
+    return HydraLoraConfig(
+        r=4, num_heads=3, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options
+    )
+
+
+def counting() -> Dataset:
+    """Sequences that count up: each token follows from the one before."""
+    rows = [[(start + i) % VOCABULARY for i in range(8)] for start in range(VOCABULARY)]
+    return Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 8} for row in rows])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="t0", eos_token="t1")
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_learned(trainer: Trainer, folder: Path) -> None:
+    losses = losses_of(trainer)
+    assert len(losses) == 30
+    assert losses[-1] < 0.6 * losses[0], losses
+    trainer.save_model(str(folder))
+    loaded = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    tokens = torch.tensor([counting()[3]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(load_balance_coef=0.01, router_z_coef=0.001))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), **COMMON),
+        train_dataset=counting(),
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    assert_learned(trainer, tmp_path / "adapter")
+
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    trainer = SFTTrainer(
+        model=tiny_llama(),
+        args=SFTConfig(output_dir=str(tmp_path), bf16=False, **COMMON),
+        train_dataset=counting().remove_columns(["labels", "attention_mask"]),
+        processing_class=tokenizer(),
+        peft_config=config(load_balance_coef=0.01),
+    )
+    assert isinstance(trainer.model, PeftModel)
+    trainer.train()
+    assert_learned(trainer, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_callback_divides_by_the_accumulation_steps(tmp_path: Path, steps: int) -> None:
+    model = get_peft_model(tiny_llama(), config(router_z_coef=0.1))
+    arguments = COMMON | {"max_steps": 1, "per_device_train_batch_size": 16 // steps}
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=steps, **arguments),
+        train_dataset=counting(),
+        data_collator=default_data_collator,
+        callbacks=[RouterLossCallback()],
+    )
+    trainer.train()
+    assert isinstance(model.base_model.router_losses, RouterLosses)
+    assert model.base_model.router_losses.scale == 1 / steps
