@@ -18,5 +18,13 @@ def make_slots(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> LayerSlots:
-    """Slots of the fastest kind for `device`."""
+    """Slots of the fastest kind for `device`.
+
+    On a CPU these are packed slots, whose native operator is built on the first call (see `ops.build`).
+    """
+    if torch.device(device).type == "cpu":
+        from hydra_kernels.ops import cpu  # here, so that `python -m hydra_kernels.ops.build` imports build.py once
+
+        if cpu.available(dtype):
+            return cpu.PackedSlots(num_slots, in_features, out_slices, capacity, dtype, device)
     return StackedSlots(num_slots, in_features, out_slices, capacity, dtype, device)
