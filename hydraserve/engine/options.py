@@ -35,3 +35,12 @@ class EngineOptions:
 def default_capacity(max_rank: int, max_heads: int = DEFAULT_MAX_HEADS) -> SlotCapacity:
     """Room for a HydraLoRA adapter of this rank and number of heads."""
     return SlotCapacity(rows=max_rank + max_heads, k=max_rank * max_heads, heads=max_heads)
+
+
+# The only values that vLLM's LoRAConfig takes (vllm.config.lora.MaxLoRARanks, 0.32).
+_LEGAL_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def legal_max_rank(rank: int) -> int:
+    """The smallest value of vLLM's --max-lora-rank that is at least `rank` (capped: our slots have their own size)."""
+    return next((legal for legal in _LEGAL_RANKS if legal >= rank), _LEGAL_RANKS[-1])

@@ -1,0 +1,108 @@
+"""A `hydraserve serve` process: start, wait until it answers, stop. Used by the benchmark and by the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from hydraserve.errors import EngineError
+
+# An engine start takes about a minute on two cores, several when the machine is busy.
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """A server on a free port of the loopback address, its output in `log`.
+
+    arguments: of `hydraserve serve`, without --host and --port.
+    env:       variables added to this process's own.
+
+    Use as a context manager. Raises EngineError, with the end of the log, when the server does not come up.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self.arguments, self.log, self.env = list(arguments), log, dict(env or {})
+        self.start_timeout_s = start_timeout_s
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> ServerProcess:
+        """Start the process and wait until /health answers."""
+        command = [sys.executable, "-m", "hydraserve.cli.main", "serve", "--host", "127.0.0.1"]
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port), *self.arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.env},
+                start_new_session=True,  # so that stop() reaches its worker processes too
+            )
+        deadline = time.monotonic() + self.start_timeout_s
+        while not self.healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise EngineError(
+                    what="server start",
+                    got=f"exit status {self.process.returncode}, log ends with:\n{self.log_tail()}",
+                    expected=f"an answer on {self.url}/health within {self.start_timeout_s:.0f} s",
+                    fix=f"see {self.log}",
+                )
+            time.sleep(0.25)
+        return self
+
+    def healthy(self) -> bool:
+        """Whether /health answers 200."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Signal the server, wait, and kill what is left of it; returns its exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+            try:
+                self.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return self.process.wait()
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def __enter__(self) -> ServerProcess:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()

@@ -1,0 +1,247 @@
+"""`hydraserve serve`: check everything that can be checked early, size the slots, start vLLM's server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydraserve.config import (
+    DEFAULT_MAX_HEADS,
+    DEFAULT_MAX_RANK,
+    DEFAULT_SHUTDOWN_TIMEOUT,
+    DEFAULT_SLOTS,
+    AdapterSource,
+    ServeConfig,
+)
+from hydraserve.errors import ConfigError, PortInUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hydraserve.adapters.checkpoint import AdapterSummary
+    from hydraserve.adapters.sizing import SlotPlan
+
+HELP = "serve a base model and its adapters over an OpenAI-compatible API (the default command)"
+PASSES_THROUGH = True  # flags that are not ours go to vLLM
+
+VLLM_HELP = """\
+Every other flag of `vllm serve` passes through (--dtype, --max-model-len, --tensor-parallel-size, --api-key,
+--gpu-memory-utilization ...); `hydraserve serve --vllm-help` lists them.
+
+examples:
+  hydraserve --model llama2-7b --adapter ./hydra
+  hydraserve --model demo --adapter sql=./runs/sql --adapter ./chat --port 8080
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = VLLM_HELP
+    parser.add_argument(
+        "--model", required=False, help="base model: a short name (`hydraserve models`), a Hub id or a path"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="adapter folder, repeatable; requests name it as `model` (default name: the folder's)",
+    )
+    parser.add_argument(
+        "--slots", type=int, help=f"adapters in one batch (default: as many as given, at most {DEFAULT_SLOTS})"
+    )
+    parser.add_argument("--max-adapters", type=int, help="adapters kept in host memory (default: as many as given)")
+    parser.add_argument(
+        "--max-rank", type=int, help=f"largest rank to leave room for (default: the adapters', else {DEFAULT_MAX_RANK})"
+    )
+    parser.add_argument(
+        "--max-heads",
+        type=int,
+        help=f"largest number of heads to leave room for (default: the adapters', else {DEFAULT_MAX_HEADS})",
+    )
+    parser.add_argument(
+        "--target-modules",
+        metavar="NAME,...",
+        help="also wrap these linear layers, for adapters loaded later (default: those the adapters use, else all)",
+    )
+    parser.add_argument("--host", default="", help="address to listen on (default: all)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--vllm-help", action="store_true", help="list vLLM's own flags and exit")
+
+
+def run(args: argparse.Namespace) -> int:
+    from hydraserve.engine import launch
+
+    if args.vllm_help:
+        launch.parse(["--help=all"])
+    config = serve_config(args)
+    passthrough: list[str] = args.passthrough
+    refuse_unsupported(passthrough)
+    check_port(config.host, config.port)
+
+    from hydraserve.adapters.checkpoint import check_base, inspect_adapter
+    from hydraserve.adapters.sizing import plan_slots
+    from hydraserve.models import base_shapes, check_fits, resolve_model
+
+    model = resolve_model(config.model)
+    shapes = base_shapes(model)
+    summaries = [inspect_adapter(source.path) for source in config.adapters]
+    for summary in summaries:
+        check_base(summary, shapes)
+    plan = plan_slots(config, summaries, shapes, 4 if flag_value(passthrough, "--dtype") == "float32" else 2)
+    check_fits(model, plan.slots * plan.slot_bytes)
+    print_summary(config, model, summaries, plan)
+    launch.run(launch.parse(engine_arguments(config, model, plan, passthrough)))
+    return 0
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """The validated configuration of a command line. Raises ConfigError."""
+    if not args.model:
+        raise ConfigError(
+            what="--model",
+            got="nothing",
+            expected="a base model",
+            fix="hydraserve --model demo, or see `hydraserve models`",
+        )
+    for flag in ("slots", "max_adapters", "max_rank", "max_heads"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(what=f"--{flag.replace('_', '-')}", got=str(value), expected="at least 1", fix="raise it")
+    adapters = tuple(adapter_source(text) for text in args.adapter)
+    names = [source.name for source in adapters]
+    if twice := {name for name in names if names.count(name) > 1 or name == args.model}:
+        raise ConfigError(
+            what="--adapter",
+            got=f"the name {sorted(twice)[0]!r} twice, or the base model's",
+            expected="a different name for each adapter",
+            fix=f"--adapter NAME={[s.path for s in adapters if s.name in twice][0]}",
+        )
+    return ServeConfig(
+        model=args.model,
+        adapters=adapters,
+        slots=args.slots,
+        max_adapters=args.max_adapters,
+        max_rank=args.max_rank,
+        max_heads=args.max_heads,
+        target_modules=tuple(filter(None, args.target_modules.split(","))) if args.target_modules else None,
+        host=args.host,
+        port=args.port,
+        debug=args.debug,
+    )
+
+
+def adapter_source(text: str) -> AdapterSource:
+    """`NAME=PATH`, or `PATH` whose last component is the name."""
+    name, sep, path = text.partition("=")
+    if not sep or "/" in name:  # a path that holds a "="
+        name, path = "", text
+    folder = Path(path).expanduser().resolve()
+    return AdapterSource(name or folder.name, folder)
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of `flag` in vLLM's arguments, or None."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def refuse_unsupported(passthrough: Sequence[str]) -> None:
+    """Raises ConfigError for vLLM settings under which a routed adapter would be computed wrongly."""
+    if "--fully-sharded-loras" in passthrough:
+        raise ConfigError(
+            what="--fully-sharded-loras",
+            got="given",
+            expected="not given: it cuts A by rank, and the router's rows with it",
+            fix="leave it out; B's rows and row-parallel A's columns are sharded anyway",
+        )
+    if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
+        raise ConfigError(
+            what="VLLM_LORA_ENABLE_DUAL_STREAM",
+            got="set",
+            expected="unset: that path adds the adapter's delta into a buffer of its own, which is not supported",
+            fix="unset VLLM_LORA_ENABLE_DUAL_STREAM",
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises PortInUseError when nothing can listen there; before the minutes of loading, not after."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as e:
+            raise PortInUseError(
+                what=f"address {host or '0.0.0.0'}:{port}",
+                got=e.strerror or str(e),
+                expected="an address that this server can listen on",
+                fix="--port with a free port, or stop what listens there",
+            ) from e
+
+
+def engine_arguments(config: ServeConfig, model: str, plan: SlotPlan, passthrough: Sequence[str]) -> list[str]:
+    """vLLM's arguments; what the user passed wins over what we would say."""
+    from hydraserve.engine.options import EngineOptions, legal_max_rank
+
+    names = [config.model] if config.model == model else [config.model, model]
+    ours: dict[str, list[str]] = {
+        "--model": [model],
+        "--host": [config.host] if config.host else [],
+        "--port": [str(config.port)],
+        "--served-model-name": names,
+        "--max-loras": [str(plan.slots)],
+        "--max-cpu-loras": [str(plan.max_adapters)],
+        "--max-lora-rank": [str(legal_max_rank(plan.max_rank))],
+        "--lora-target-modules": list(plan.targets),
+        "--lora-modules": [json.dumps({"name": s.name, "path": str(s.path)}) for s in config.adapters],
+        "--additional-config": [json.dumps(EngineOptions(plan.capacity).to_config())],
+        "--shutdown-timeout": [str(DEFAULT_SHUTDOWN_TIMEOUT)],
+    }
+    given = {argument.partition("=")[0].replace("_", "-") for argument in passthrough if argument.startswith("--")}
+    arguments = ["--enable-lora"]
+    for flag, values in ours.items():
+        if values and flag not in given:
+            arguments += [flag, *values]
+    return [*arguments, *passthrough]
+
+
+def print_summary(config: ServeConfig, model: str, summaries: Sequence[AdapterSummary], plan: SlotPlan) -> None:
+    """A table of the adapters and of the memory that the slots take, on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stderr)
+    table = Table(title=f"base model {config.model}" + (f" ({model})" if model != config.model else ""))
+    for column in ("adapter", "format", "rank", "heads", "modules", "size"):
+        table.add_column(column, justify="right" if column in ("rank", "heads", "size") else "left")
+    for source, summary in zip(config.adapters, summaries, strict=True):
+        table.add_row(source.name, *(str(value) for value in row(summary)))
+    if summaries:
+        console.print(table)
+    else:
+        console.print(f"base model {config.model}, no adapters yet")
+    console.print(
+        f"{plan.slots} slots of up to {plan.slot_bytes / 2**20:.1f} MiB "
+        f"({plan.slots * plan.slot_bytes / 2**20:.1f} MiB together), {plan.max_adapters} adapters in host memory, "
+        f"address http://{config.host or '0.0.0.0'}:{config.port}"
+    )
+
+
+def row(summary: AdapterSummary) -> Mapping[str, Any] | list[Any]:
+    """The cells of one adapter after its name."""
+    return [
+        summary.format,
+        summary.rank,
+        summary.heads,
+        " ".join(summary.targets),
+        f"{summary.nbytes / 2**20:.1f} MiB",
+    ]

@@ -1,0 +1,57 @@
+"""Servers that the end-to-end tests share: starting an engine takes about a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from hydraserve.adapters.synthetic import make_adapter, save_adapter
+from hydraserve.bench.process import ServerProcess
+from hydraserve.models import base_shapes
+
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ALL_MODULES[:4]
+
+# name -> (targets, rank, heads): different ranks, heads and modules, and one plain LoRA
+SYNTHETIC = {
+    "all-r8-e4": (ALL_MODULES, 8, 4),
+    "attn-r4-e3": (ATTENTION, 4, 3),
+    "mlp-r16-e2": (ALL_MODULES[4:], 16, 2),
+    "plain-r8": (ALL_MODULES, 8, 1),
+}
+
+# Two cores, small KV cache: what the test machine has. Two threads for one engine.
+ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def synthetic_adapters(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random adapters for the demo base, by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shapes = base_shapes(str(demo_model))
+    for seed, (name, (targets, rank, heads)) in enumerate(SYNTHETIC.items()):
+        save_adapter(make_adapter(shapes, targets, rank, heads, seed=seed), folder / name)
+    return {name: folder / name for name in SYNTHETIC}
+
+
+@pytest.fixture(scope="session")
+def server(
+    demo_model: Path, synthetic_adapters: dict[str, Path], oracle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """One float32 server on the demo base: all synthetic adapters, and the authors' own under the name "oracle"."""
+    adapters = [f"{name}={path}" for name, path in synthetic_adapters.items()]
+    adapters.append(f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}")
+    arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
+    arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
+    arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with ServerProcess(arguments, log, ENGINE_ENV) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
