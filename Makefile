@@ -1,0 +1,42 @@
+# Every verb sets up what it needs first, in .venv, and is quick when nothing changed (scripts/install.py).
+#
+#   VARIANT=cpu|cuda    which build of vLLM; by default CUDA where nvidia-smi lists a GPU
+#   PYTHON=python3.12   the interpreter that .venv is made from, 3.11 or newer
+#   ARGS="..."          further arguments for what the verb runs
+
+PYTHON ?= python3
+VARIANT ?= auto
+MODEL ?= demo
+ADAPTERS ?= $(patsubst %/,%,$(wildcard examples/adapters/*/))
+ARGS ?=
+
+BIN := .venv/bin
+INSTALL = @$(PYTHON) scripts/install.py --variant $(VARIANT)
+BENCHMARKS = $(wildcard kernels/benchmarks/bench_*.py)
+
+.PHONY: help serve test lint check bench
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+serve: ## serve MODEL (demo: an embedded small model) with ADAPTERS (default: examples/adapters/*)
+	$(INSTALL) serve
+	@exec $(BIN)/hydraserve --model $(MODEL) $(addprefix --adapter ,$(ADAPTERS)) $(ARGS)
+
+test: ## all tests; ARGS goes to pytest, for example ARGS="tests/adapters -x"
+	$(INSTALL) dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: ## ruff, mypy and the layer contracts
+	$(INSTALL) dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+check: lint test ## lint, then test: what a change has to pass
+
+bench: ## the kernels' benchmarks; results are kept beside them
+	$(INSTALL) dev
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done

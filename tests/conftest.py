@@ -1,0 +1,69 @@
+"""Fixtures that every part of the tests may use: base models that need no model hub, and the reference data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo base: a real small Llama in bf16, made once and kept in the cache folder between runs."""
+    from hydraserve.models import demo_model
+
+    return demo_model()
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Path:
+    """Adapters trained with the authors' code, and what that code answers; kept beside the repository."""
+    folder = ROOT.parent / "shared" / "oracle"
+    if not folder.is_dir():
+        pytest.skip(f"no reference data of the authors' code at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random float32 Llama checkpoint for fast engine tests: 4 heads and 2 KV heads, so that two ranks can share it.
+
+    hidden 64, intermediate 128, 2 layers, vocabulary 512 with a working tokenizer: the first of the demo's tokens.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        # Wide enough that the layers decide the tokens; with the usual 0.02 the last token would repeat itself.
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    save_first_tokens(demo_model, folder, config.vocab_size)
+    return folder
+
+
+def save_first_tokens(source: Path, folder: Path, size: int) -> None:
+    """A tokenizer of the first `size` tokens: special ones, the 256 bytes, then the earliest merges."""
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < size}
+    merges = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) in vocabulary]
+    tokenizer["model"].update(vocab=vocabulary, merges=merges)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text((source / name).read_text())
