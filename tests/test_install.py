@@ -1,0 +1,145 @@
+"""scripts/install.py: which set and which build of torch a machine gets."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "install.py"
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with an environment of its own that it believes in."""
+    spec = importlib.util.spec_from_file_location("install", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp.json")
+    return module
+
+
+class FakePip:
+    """Records what pip is asked for; finds what `offers` names."""
+
+    def __init__(self, install: ModuleType, monkeypatch: pytest.MonkeyPatch, offers: tuple[str, ...] = ()) -> None:
+        self.offers = offers
+        self.asked: list[tuple[str, ...]] = []
+        monkeypatch.setattr(install, "pip", lambda *arguments: self.asked.append(arguments))
+        monkeypatch.setattr(install, "pip_finds", self.finds)
+
+    def finds(self, *arguments: str) -> bool:
+        self.asked.append(arguments)
+        return arguments[-1] in self.offers
+
+
+@pytest.mark.parametrize(
+    ("script", "variant"),
+    [
+        ("echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'", "cuda"),
+        ("echo 'No devices were found'; exit 6", "cpu"),
+        ("echo 'failed because it could not communicate with the driver'; exit 9", "cpu"),
+        (None, "cpu"),
+    ],
+)
+def test_variant_follows_nvidia_smi(
+    install: ModuleType, script: str | None, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install.detect_variant() == variant
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    path = tmp_path / "cpu.txt"
+    path.write_text("# a comment\nother==1\ntorch==2.13.0\ntorch-c-dlpack-ext==0.1\n")
+    return path
+
+
+def test_cpu_torch_of_pips_sources_is_taken_without_asking_further(
+    install: ModuleType, lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = FakePip(install, monkeypatch, offers=("torch==2.13.0+cpu",))
+    monkeypatch.setattr(install, "reachable", lambda url: pytest.fail(f"asked {url}"))
+    install.install_torch("cpu", lock)
+    assert pip.asked == [("torch==2.13.0+cpu",)]
+
+
+def test_pytorchs_index_is_used_when_it_can_be_reached(
+    install: ModuleType, lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = f"--index-url={install.PYTORCH_CPU_INDEX}"
+    pip = FakePip(install, monkeypatch, offers=(index,))
+    monkeypatch.setattr(install, "reachable", lambda _: True)
+    install.install_torch("cpu", lock)
+    assert pip.asked == [("torch==2.13.0+cpu",), ("torch==2.13.0+cpu", index)]
+
+
+def test_without_a_cpu_build_torch_comes_with_its_dependencies(
+    install: ModuleType, lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pip = FakePip(install, monkeypatch)
+    monkeypatch.setattr(install, "reachable", lambda _: False)
+    install.install_torch("cpu", lock)
+    assert pip.asked == [("torch==2.13.0+cpu",), ("install", f"--constraint={lock}", "torch==2.13.0")]
+    assert "warning: found no torch==2.13.0+cpu" in capsys.readouterr().out
+
+
+def test_cuda_torch_is_never_the_cpu_build(install: ModuleType, lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = FakePip(install, monkeypatch, offers=("torch==2.13.0+cpu",))
+    install.install_torch("cuda", lock)
+    assert pip.asked == [("install", "--no-deps", "torch==2.13.0,!=2.13.0+cpu")]
+
+
+def test_an_unreachable_index_is_told_quickly(install: ModuleType) -> None:
+    assert not install.reachable("http://127.0.0.1:9/")  # the discard port: refused at once
+
+
+def test_a_second_time_does_nothing(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    pip = FakePip(install, monkeypatch, offers=("torch==2.13.0+cpu",))
+    monkeypatch.setattr(install.venv, "create", lambda folder, **_: (made.append("venv"), folder.mkdir(exist_ok=True)))
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(install.sys, "argv", ["install.py", *arguments])
+        return int(install.main())
+
+    assert run("--variant", "cpu", "dev") == 0
+    first = len(pip.asked)
+    assert first == 3  # torch, the locks, the package itself
+    assert run("--variant", "cpu", "dev") == run("--variant", "cpu", "serve") == 0
+    assert len(pip.asked) == first
+    assert made == ["venv"]
+    # The two vLLM distributions own the same files: another variant is a new environment.
+    assert run("--variant", "cuda", "serve") == 0
+    assert made == ["venv", "venv"]
+
+
+def test_a_failed_install_is_tried_again(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakePip(install, monkeypatch, offers=("torch==2.13.0+cpu",))
+    monkeypatch.setattr(install.venv, "create", lambda folder, **_: folder.mkdir(exist_ok=True))
+
+    def fails(*arguments: str) -> None:
+        raise install.subprocess.CalledProcessError(1, ["pip", *arguments])
+
+    monkeypatch.setattr(install, "pip", fails)
+    monkeypatch.setattr(install.sys, "argv", ["install.py", "--variant", "cpu", "serve"])
+    assert install.main() == 1
+    assert install.read_stamp() == {"variant": "cpu"}
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+@pytest.mark.parametrize("profile", ["serve", "dev"])
+def test_every_set_has_its_locks(install: ModuleType, variant: str, profile: str) -> None:
+    paths = install.lock_files(variant, profile)
+    assert all(path.is_file() for path in paths)
+    assert "\ntorch==" in paths[0].read_text()
