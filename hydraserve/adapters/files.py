@@ -49,7 +49,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     Raises JsonError.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:
         raise JsonError("nested too deeply") from error
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, numbers of thousands of digits

@@ -22,7 +22,7 @@ from hydraserve.adapters.files import JsonError, open_regular, parse_object, unr
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.pickles import forbidden_pickle
 from hydraserve.adapters.weights import natural_order
-from hydraserve.errors import AdapterFormatError, DtypeError, UnreadableFileError, UnsafeFileError
+from hydraserve.errors import AdapterFormatError, DtypeError, MissingTensorError, UnreadableFileError, UnsafeFileError
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATING = frozenset(_SAFETENSORS_DTYPES.values())
@@ -54,6 +54,8 @@ class TensorFile(ABC):
         except OSError as error:
             raise unreadable(path, error) from error
         limits.check(f"tensors in {path.name}", len(self.infos), limits.tensors)
+        if not self.infos:
+            raise MissingTensorError(path.name, got="no tensors", expected="an adapter's weights", fix=_DAMAGED)
 
     def load(self) -> dict[str, torch.Tensor]:
         """The tensors, on the CPU, each contiguous in memory of its own.

@@ -25,6 +25,7 @@ from hydra_kernels import Layout
 from hydraserve.adapters.config import AdapterConfig, PatternMatcher, PerModule
 from hydraserve.adapters.formats.features import refuse_features
 from hydraserve.adapters.formats.plan import PREFIX, ModulePlan, group, matrix, widest
+from hydraserve.adapters.formats.relatives import refuse_relatives
 from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.errors import AdapterConfigError, MissingTensorError, ShapeError, UnexpectedTensorError
 
@@ -49,6 +50,7 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
 
     Raises AdapterError's subclasses for whatever does not fit together.
     """
+    refuse_relatives(config, infos)
     refuse_features(config.fields)
     matcher = PatternMatcher(config.limits)
     rank = config.counts("r", "rank_pattern", config.limits.rank, matcher)

@@ -15,6 +15,7 @@ from hydra_kernels import Layout
 from hydraserve.adapters.config import AdapterConfig, PatternMatcher
 from hydraserve.adapters.formats.features import refuse_features
 from hydraserve.adapters.formats.plan import ModulePlan, group, matrix, widest
+from hydraserve.adapters.formats.relatives import refuse_relatives
 from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.errors import MissingTensorError, ShapeError
 
@@ -26,7 +27,7 @@ def recognise(config: AdapterConfig, names: Collection[str]) -> str | None:
     """Why this is ordinary LoRA, or None."""
     if config.fields.get("peft_type") != "LORA" or config.fields.get("lora_nums") is not None:
         return None
-    if not any(_TENSOR.fullmatch(name) for name in names):
+    if not any(name.endswith(".lora_B.weight") for name in names):
         return None
     return "peft_type LORA without lora_nums, tensors lora_A and lora_B"
 
@@ -36,6 +37,7 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
 
     Raises AdapterError's subclasses for whatever does not fit together.
     """
+    refuse_relatives(config, infos)
     refuse_features(config.fields)
     modules = group(infos, _TENSOR)
     config.check_targets(modules, whole_components=True)

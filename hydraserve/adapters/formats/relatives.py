@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydraserve.adapters.config import AdapterConfig
 from hydraserve.errors import UnsupportedFeatureError
@@ -32,23 +33,19 @@ RELATIVES = (
     _relative("MMOE-LoRA", "a gate from a task embedding", r"\.lora[AB]\.\d+\.mlp\.weight$"),
     _relative("MLLM-HydraLoRA", "one biased router for gate, up and down", r"\.shared_LoRA_A_|\.LoRA_B$"),
     _relative("MoE-PEFT (LoRAMoE, MoLA, MixLoRA)", "one A for each expert", r"\.moe_gate\."),
-    _relative(
-        "a HydraLoRA with hydra.router", "one A for each expert, a router bias", r"\.hydra\.(?:lora_[AB]|router)\."
-    ),
+    _relative("HydraLoRA with hydra.router", "one A for each expert, a bias", r"\.hydra\.(?:lora_[AB]|router)\."),
     _relative("hierarchical HydraLoRA", "two levels of routing", r"\.lora_(?:A|B|route)\.expert_\d+\."),
     _relative("noisy top-k HydraLoRA", "one top-k choice for a whole sequence", r"\.lora_Bs\.\d+\.|\.w_noise\."),
     _relative("LoRAMoE or HydraFed-LEASE", "one A for each expert", r"\.lora_A\d+\."),
-    _relative(
-        "the PEFT-style HYDRALORA fork", "heads numbered lora_B.0, other routing options", r"\.lora_B\.\d+(?:\.|$)"
-    ),
+    _relative("the PEFT-style HYDRALORA fork", "lora_B.0, other ways of routing", r"\.lora_B\.\d+(?:\.|$)"),
     _relative("HydraLoRA with a router bias", "a bias added to the router's logits", r"\.lora_route\.bias$"),
     _relative("HydraLoRA with transposed, stacked tensors", "lora_B [E, r, out]", r"\.lora_[AB]$|\.lora_router\."),
     _relative("HMoRA", "a router shared between projections", r"\.mora_[ab]"),
     _relative("CuMA", "a router shared between projections", r"\.lora_[ab](?:\.|$)"),
-    _relative("HydraLoRA for image models", "one gate for a whole sample", r"\.lora_(?:down|up)(?:_weight|\.|$)"),
+    _relative("HydraLoRA for image models", "one gate for a whole sample", r"\.lora_(?:down$|up$|up_weight$)"),
 )
 
-# Fields of the configuration that change the routing, and the values with which they do not.
+# Fields of the configuration that, when set, change the routing.
 ROUTING_FIELDS = {
     "top_k": "top-k routing",
     "topk": "top-k routing",
@@ -57,8 +54,31 @@ ROUTING_FIELDS = {
     "shared_lora_a": "HydraFed-LEASE's tied A",
     "enable_fine_grained_routing": "mtLoRA's fine-grained routing",
     "enable_block_adapter": "mtLoRA's block adapters",
-    "hydralora_top_k": "top-k routing",
 }
+
+# Files beside the adapter's own that hold more trained weights.
+_COMPANIONS = {
+    "non_lora_trainables.bin": "weights trained outside the adapter (LLaVA, MLLM-HydraLoRA)",
+    "moe_args.pth": "the routing of MLLM-HydraLoRA",
+}
+
+# peft_type, in lower case, of methods whose tensors' names may not tell them.
+PEFT_TYPES = {
+    "hydralora": "a HYDRALORA method of a PEFT fork",
+    "loramoe": "LoRAMoE",
+    "mola": "MoLA",
+    "mixlora": "MixLoRA",
+    "cuma": "CuMA",
+}
+
+
+def refuse_companions(folder: Path) -> None:
+    """Raises UnsupportedFeatureError when the adapter's own file is only a part of what was trained."""
+    for name, content in _COMPANIONS.items():
+        if (folder / name).exists():
+            raise UnsupportedFeatureError(
+                name, got=content, expected="all trained weights in the adapter's file", fix="none: not supported"
+            )
 
 
 def refuse_relatives(config: AdapterConfig, names: Collection[str]) -> None:
@@ -72,6 +92,10 @@ def refuse_relatives(config: AdapterConfig, names: Collection[str]) -> None:
                 expected="HydraLoRA in the authors' layout (lora_A, lora_route, lora_B0, ...) or LoRA as PEFT saves it",
                 fix="convert the adapter, if its mathematics is the same",
             )
+    if method := PEFT_TYPES.get(config.peft_type.lower()):
+        raise UnsupportedFeatureError(
+            "peft_type", got=f"{config.peft_type!r}: {method}", expected="'LORA'", fix="none: not supported"
+        )
     for field, feature in ROUTING_FIELDS.items():
         if config.fields.get(field):
             raise UnsupportedFeatureError(

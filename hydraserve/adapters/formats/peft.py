@@ -1,0 +1,175 @@
+"""HydraLoRA as `hydraserve.tuner` and PEFT's save_pretrained write it: peft_type HYDRALORA, three tensors a module.
+
+    hydralora_A.weight [r, in]    hydralora_B.weight [E, out, r]    hydralora_router.weight [E, in]
+
+rank_pattern, num_heads_pattern, alpha_pattern and use_rslora mean what they mean for PEFT's LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from hydra_kernels import HydraWeights, Layout
+
+from hydraserve.adapters.config import AdapterConfig, PatternMatcher
+from hydraserve.adapters.formats.features import refuse_features
+from hydraserve.adapters.formats.plan import PREFIX, ModulePlan, group, matrix, widest
+from hydraserve.adapters.locate import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from hydraserve.adapters.tensors import TensorInfo
+from hydraserve.adapters.weights import HydraAdapter
+from hydraserve.errors import MissingTensorError, ShapeError, UnsupportedFeatureError
+
+NAME = "hydralora-peft"
+PEFT_TYPE = "HYDRALORA"
+_TENSOR = re.compile(r"(?P<module>.+)\.hydralora_(?P<part>A|B|router)\.weight")
+_EXPORT_AGAIN = "save the adapter again with save_pretrained()"
+
+
+@dataclass(frozen=True, slots=True)
+class StackedPlan(ModulePlan):
+    """A plan whose one entry in `heads` names a tensor that holds all of them, [E, out, r]."""
+
+    def build(self, tensors: dict[str, torch.Tensor]) -> HydraWeights:
+        a, router, heads = (tensors.pop(name).to(self.dtype) for name in self.names())
+        return HydraWeights(a=a, b=heads, layout=self.layout, router=router, scaling=self.scaling)
+
+
+def recognise(config: AdapterConfig, names: Collection[str]) -> str | None:
+    """Why this is our tuner's format, or None: others write the same peft_type with other tensors."""
+    if config.fields.get("peft_type") != PEFT_TYPE or not any(_TENSOR.fullmatch(name) for name in names):
+        return None
+    return f"peft_type {PEFT_TYPE}, tensors hydralora_A, hydralora_B and hydralora_router"
+
+
+def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, ModulePlan]:
+    """Module path -> plan, in the order of the file.
+
+    Raises AdapterError's subclasses for whatever does not fit together.
+    """
+    refuse_features(config.fields)
+    modules = group(infos, _TENSOR)
+    config.check_targets(modules, whole_components=True)
+    matcher = PatternMatcher(config.limits)
+    ranks = config.counts("r", "rank_pattern", config.limits.rank, matcher)
+    heads = config.counts("num_heads", "num_heads_pattern", config.limits.heads, matcher)
+    alphas = config.alphas(matcher)
+    plans: dict[str, ModulePlan] = {}
+    for path, parts in modules.items():
+        layout = Layout(rank=ranks.of(path), heads=heads.of(path), has_router=True)
+        plans[path] = _module(infos, path, parts, layout, config.scaling(layout.rank, alphas.of(path)))
+    return plans
+
+
+def _module(
+    infos: Mapping[str, TensorInfo], path: str, parts: Mapping[str, str], layout: Layout, scaling: float
+) -> StackedPlan:
+    for part in ("A", "B", "router"):
+        if part not in parts:
+            raise MissingTensorError(
+                f"{path}.hydralora_{part}.weight",
+                got=f"only {', '.join(sorted(parts.values()))}",
+                expected="A, B and router",
+                fix=_EXPORT_AGAIN,
+            )
+    a, b, router = parts["A"], parts["B"], parts["router"]
+    _, in_features = matrix(infos, a)
+    out_features = infos[b].shape[1] if len(infos[b].shape) == 3 else 0
+    _expect(infos, a, (layout.rank, in_features))
+    _expect(infos, b, (layout.heads, out_features, layout.rank))
+    _expect(infos, router, (layout.heads, in_features))
+    return StackedPlan(
+        layout=layout,
+        scaling=scaling,
+        in_features=in_features,
+        out_features=out_features,
+        dtype=widest(infos, (a, b, router)),
+        a=a,
+        heads=(b,),
+        router=router,
+    )
+
+
+def _expect(infos: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> None:
+    if infos[name].shape != shape or 0 in shape:
+        raise ShapeError(
+            name,
+            got=f"shape {list(infos[name].shape)}",
+            expected=f"{list(shape)}, by r and num_heads in adapter_config.json and the module's other tensors",
+            fix="use the adapter_config.json saved with these tensors",
+        )
+
+
+def save_peft(adapter: HydraAdapter, path: Path | str, *, lora_dropout: float = 0.0) -> None:
+    """Write an adapter as PEFT would, so that `PeftModel.from_pretrained` and the server load it.
+
+    Where modules differ, r, num_heads and lora_alpha are those of the first and the patterns name the others. The
+    scaling becomes lora_alpha = s * r, so that an adapter of any origin computes what it did before.
+
+    Raises UnsupportedFeatureError for weights that the tuner has no place for. Nothing is written then.
+    """
+    for module, weights in adapter.modules.items():
+        _check_savable(module, weights.layout)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)  # written last: a folder without it is no adapter
+    part = folder / f".{SAFETENSORS_NAME}.part"
+    safetensors.torch.save_file(_tensors(adapter), part, metadata={"format": "pt"})
+    os.replace(part, folder / SAFETENSORS_NAME)
+    (folder / BIN_NAME).unlink(missing_ok=True)
+    text = json.dumps(_config(adapter, lora_dropout), indent=2, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_savable(module: str, layout: Layout) -> None:
+    if layout != Layout(rank=layout.rank, heads=layout.heads, has_router=True):
+        raise UnsupportedFeatureError(
+            f"module {module}",
+            got=str(layout),
+            expected="one A, a router without bias, a softmax over all heads",
+            fix="the HydraLoRA tuner cannot hold this; keep the adapter in its own format",
+        )
+
+
+def _tensors(adapter: HydraAdapter) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for module, weights in adapter.modules.items():
+        assert weights.router is not None
+        for name, tensor in (("A", weights.a), ("B", weights.b), ("router", weights.router)):
+            tensors[f"{PREFIX}{module}.hydralora_{name}.weight"] = tensor.detach().cpu().clone().contiguous()
+    return tensors
+
+
+def _config(adapter: HydraAdapter, lora_dropout: float) -> dict[str, Any]:
+    sizes = {path: (w.layout.rank, w.layout.heads, _alpha(w)) for path, w in adapter.modules.items()}
+    first = next(iter(sizes.values()))
+    names = (("r", "rank_pattern"), ("num_heads", "num_heads_pattern"), ("lora_alpha", "alpha_pattern"))
+    config: dict[str, Any] = {
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "lora_dropout": lora_dropout,
+        "peft_type": PEFT_TYPE,
+        "target_modules": list(adapter.targets),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    for i, (name, pattern) in enumerate(names):
+        config[name] = first[i]
+        config[pattern] = {re.escape(path): size[i] for path, size in sizes.items() if size[i] != first[i]}
+    return config
+
+
+def _alpha(weights: HydraWeights) -> float:
+    """The float nearest to s * r that gives s again when it is divided by r."""
+    rank, scaling = weights.layout.rank, weights.scaling
+    alpha = scaling * rank
+    near = (float(f"{alpha:.9g}"), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in near if value / rank == scaling), alpha)
