@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from hydraserve.errors import HydraServeError
 
-class MergeError(NotImplementedError):
+
+class MergeError(HydraServeError, NotImplementedError):
     """Raised where PEFT would fold an adapter into the base weights, which HydraLoRA does not allow."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "got a request to merge a HydraLoRA adapter, expected none: its router mixes the heads anew for every "
-            "token, so no single matrix can stand for it. Keep the adapter beside the base model: serve it with "
-            "hydraserve, or call the PeftModel as it is; unload() gives the base model back without the adapter"
+    @classmethod
+    def new(cls) -> MergeError:
+        """The error with its one message."""
+        return cls(
+            "merging",
+            got="a HydraLoRA adapter, whose router mixes the heads anew for every token, so that no single matrix "
+            "can stand for it",
+            expected="an adapter of fixed weights, such as plain LoRA",
+            fix="keep the adapter beside the base model: serve it with `hydraserve --adapter PATH`, or call the "
+            "PeftModel as it is; unload() gives the base model back without the adapter",
         )

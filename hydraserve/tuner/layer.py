@@ -125,11 +125,11 @@ class HydraLoraLayer(BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises MergeError: there is no single matrix to merge."""
-        raise MergeError()
+        raise MergeError.new()
 
     def unmerge(self) -> None:
         """Raises MergeError: nothing can have been merged."""
-        raise MergeError()
+        raise MergeError.new()
 
 
 class HydraLoraLinear(nn.Module, HydraLoraLayer):

@@ -83,7 +83,7 @@ class HydraLoraModel(BaseTuner):
         return base
 
     def _check_merge_allowed(self) -> None:
-        raise MergeError()
+        raise MergeError.new()
 
 
 def _is_linear(layer: nn.Module) -> bool:

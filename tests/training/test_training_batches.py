@@ -1,0 +1,125 @@
+"""Templates, labels, packing: what the model is shown and what it is trained on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hydraserve.errors import ConfigError
+from hydraserve.training.batches import PackedCollator, PaddedCollator, accepts_short_logits, pack
+from hydraserve.training.data import Example, Turn
+from hydraserve.training.template import IGNORE, Template, Tokens
+
+
+def conversation(*texts: str, system: str | None = None) -> Example:
+    turns = [Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
+    return Example((*([Turn("system", system)] if system else []), *turns), "test")
+
+
+def trained_text(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> str:
+    return tokenizer.decode([label for label in tokens.labels if label != IGNORE])
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "trained"),
+    [
+        ("plain", "sys\nask\nyes</s>more\nno</s>", "yes</s>no</s>"),
+        ("chat", "<system>sys</s>\n<user>ask</s>\n<assistant>yes</s>\n<user>more</s>\n<assistant>no</s>\n", None),
+        ("alpaca", None, "yes</s>no</s>"),
+    ],
+)
+def test_only_answers_are_trained(
+    tokenizer: PreTrainedTokenizerFast, name: str, whole: str | None, trained: str | None
+) -> None:
+    tokens = Template(name, tokenizer).tokens(conversation("ask", "yes", "more", "no", system="sys"), 999)
+    text = tokenizer.decode(tokens.ids)
+    if whole is not None:
+        assert text == whole
+    else:
+        assert text.endswith(
+            "### Instruction:\nask\n\n### Response:\nyes</s>### Instruction:\nmore\n\n### Response:\nno</s>"
+        )
+    expected = trained if trained is not None else ("<assistant>yes</s>\nno</s>\n").removeprefix("<assistant>")
+    assert trained_text(tokenizer, tokens) == expected
+    assert all(label in (IGNORE, i) for i, label in zip(tokens.ids, tokens.labels, strict=True))
+
+
+def test_prompt_ids_are_those_of_the_prompt_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = Template("plain", tokenizer).tokens(conversation("ask", "yes"), 999)
+    prompt = tokenizer("ask\n")["input_ids"]
+    assert tokens.ids[: len(prompt)] == prompt
+    assert tokens.labels[: len(prompt)] == [IGNORE] * len(prompt)
+
+
+def test_cut_at_max_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = Template("plain", tokenizer).tokens(conversation("abc", "defgh"), 6)
+    assert (tokenizer.decode(tokens.ids), trained_text(tokenizer, tokens)) == ("abc\nde", "de")
+
+
+def test_template_that_cannot_be(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="template: got vicuna, expected one of chat, alpaca, plain"):
+        Template("vicuna", tokenizer)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    with pytest.raises(ConfigError, match="without a chat template"):
+        Template("chat", bare)
+
+
+def random_tokens(count: int, longest: int) -> list[Tokens]:
+    rng = random.Random(0)
+    result = []
+    for _ in range(count):
+        ids = [rng.randrange(1, 200) for _ in range(rng.randint(3, longest))]
+        prompt = rng.randint(1, len(ids) - 1)
+        result.append(Tokens(ids, [IGNORE] * prompt + ids[prompt:]))
+    return result
+
+
+def test_pack_keeps_every_example_whole_and_fills_rows() -> None:
+    examples = random_tokens(500, 20)
+    rows = pack(examples, 64, seed=1)
+    assert sorted(id(e) for row in rows for e in row) == sorted(map(id, examples))
+    lengths = [sum(len(e.ids) for e in row) for row in rows]
+    assert max(lengths) <= 64
+    assert sum(lengths) / (64 * len(rows)) > 0.95
+    assert pack(examples, 64, seed=1) == rows
+    assert pack(examples, 64, seed=2) != rows
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(tiny_model).eval()
+    model.config.use_cache = False  # with a cache, transformers does not look for the borders of packed examples
+    return model
+
+
+def mean_loss(model: LlamaForCausalLM, examples: list[Tokens]) -> torch.Tensor:
+    """Each example alone, mean over all trained tokens."""
+    total = sum(
+        model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss * e.trained for e in examples
+    )
+    return total / sum(e.trained for e in examples)
+
+
+@pytest.mark.parametrize("short_logits", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_give_the_loss_of_the_examples_alone(model: LlamaForCausalLM, packed: bool, short_logits: bool) -> None:
+    examples = random_tokens(9, 12)
+    collator = PackedCollator(short_logits=short_logits) if packed else PaddedCollator(0, short_logits=short_logits)
+    batch = collator(pack(examples, 40, seed=0))
+    assert accepts_short_logits(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, mean_loss(model, examples))
+    assert batch["input_ids"].shape[0] == (1 if packed else 9)
+
+
+def test_short_logits_leave_out_the_prompts(model: LlamaForCausalLM) -> None:
+    example = Tokens([5, 6, 7, 8], [IGNORE, IGNORE, 7, 8])
+    batch = PaddedCollator(0, short_logits=True)([[example]])
+    assert batch["logits_to_keep"].tolist() == [1, 2]
+    assert batch["shift_labels"].tolist() == [[7, 8]]
+    assert model(**batch).logits.shape[:2] == (1, 2)
+    assert not accepts_short_logits(torch.nn.Linear(2, 2))

@@ -1,0 +1,148 @@
+"""Whole training runs on a tiny model: the adapter, resuming, heads, plain LoRA, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from hydraserve.errors import ConfigError, ModelNotFoundError
+from hydraserve.training.data import DataError
+from hydraserve.training.run import train
+from hydraserve.training.settings import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers that the question decides: a letter, doubled."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    rows = [{"instruction": f"{sign} {word}", "output": sign * 2} for sign in letters for word in ("say", "tell")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def settings(tiny_model: Path, data: Path, tmp_path: Path) -> TrainSettings:
+    return TrainSettings(
+        model=str(tiny_model), data=(data,), output=tmp_path / "out", heads=2, rank=4, lr=1e-2, epochs=6,
+        template="plain", max_length=64, batch_size=4, log_every=5, dtype="float32",
+    )  # fmt: skip
+
+
+def run(settings: TrainSettings) -> tuple[object, str]:
+    out = io.StringIO()
+    return train(settings, Console(file=out, width=200)), out.getvalue()
+
+
+def test_train_writes_an_adapter_that_peft_loads(settings: TrainSettings, tiny_model: Path) -> None:
+    summary, log = run(replace(settings, eval_share=0.1, base_name="someone/base", lr=2e-2))
+    assert summary.last_loss < 0.6 * summary.first_loss
+    assert summary.eval_loss < summary.first_loss
+    assert (summary.examples, summary.eval_examples) == (47, 5)
+    assert "step 5/72  loss " in log
+    assert "lr " in log
+    assert "eval loss " in log
+    config = json.loads((settings.output / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["num_heads"], config["r"]) == ("HYDRALORA", 2, 4)
+    assert config["base_model_name_or_path"] == "someone/base"
+    record = json.loads((settings.output / "training.json").read_text())
+    assert record["summary"]["steps"] == summary.steps == 72
+    assert record["history"][-1]["step"] == 72
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), settings.output)
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "hydralora_" in name)
+    assert summary.trainable_parameters == parameters
+
+
+def test_trained_model_answers(settings: TrainSettings, tiny_model: Path, tokenizer: object) -> None:
+    run(replace(settings, packing=True, batch_size=1, epochs=30))
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), settings.output).eval()
+    answers = {}
+    for sign in "cjt":
+        ids = torch.tensor([tokenizer(f"{sign} say\n")["input_ids"]])
+        answers[sign] = tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)[0, -3:])
+    assert answers == {sign: f"{sign}{sign}</s>" for sign in "cjt"}
+
+
+def test_resume_gives_what_one_run_gives(settings: TrainSettings) -> None:
+    settings = replace(settings, max_steps=8, save_every=4, log_every=1, dropout=0.1)
+    whole, _ = run(settings)
+    expected = load_file(settings.output / "adapter_model.safetensors")
+    broken = replace(settings, output=settings.output.parent / "again")
+    # A run that stops after its first checkpoint: the same folder with only that checkpoint left.
+    (settings.checkpoints).rename(settings.output.parent / "kept")
+    (broken.checkpoints).mkdir(parents=True)
+    (settings.output.parent / "kept" / "checkpoint-4").rename(broken.checkpoints / "checkpoint-4")
+    resumed, log = run(replace(broken, resume=True))
+    assert "step 5/8" in log
+    assert "step 4/8" not in log
+    assert resumed.steps == whole.steps == 8
+    got = load_file(broken.output / "adapter_model.safetensors")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], msg=name)
+
+
+def test_same_seed_same_adapter(settings: TrainSettings) -> None:
+    settings = replace(settings, max_steps=3)
+    run(settings)
+    first = load_file(settings.output / "adapter_model.safetensors")
+    again = replace(settings, output=settings.output.parent / "again")
+    run(again)
+    second = load_file(again.output / "adapter_model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_plain_lora_and_save_dtype(settings: TrainSettings) -> None:
+    summary, _ = run(
+        replace(settings, method="lora", max_steps=2, save_dtype="bfloat16", target_modules=("q_proj", "up_proj"))
+    )
+    tensors = load_file(settings.output / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert {name.split(".")[-3] for name in tensors} == {"q_proj", "up_proj"}
+    assert json.loads((settings.output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert summary.heads == 1
+
+
+def test_heads_auto(settings: TrainSettings) -> None:
+    summary, log = run(replace(settings, heads="auto", max_steps=1))
+    assert summary.heads >= 2
+    assert f"heads: {summary.heads} (elbow over 52 examples" in log
+    assert json.loads((settings.output / "adapter_config.json").read_text())["num_heads"] == summary.heads
+
+
+def test_refusals(settings: TrainSettings) -> None:
+    with pytest.raises(ConfigError, match=r"--resume: got no checkpoint in .*--save-every"):
+        run(replace(settings, resume=True))
+    with pytest.raises(ModelNotFoundError, match="--model: got /no/such"):
+        run(replace(settings, model="/no/such"))
+    long = settings.data[0].parent / "long.jsonl"
+    long.write_text(json.dumps({"instruction": "a long question", "output": "x"}))
+    with pytest.raises(DataError, match="no example with an answer within 8 tokens"):
+        run(replace(settings, data=(long,), max_length=8))
+    (settings.checkpoints / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+        run(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("method", "dora", "method: got dora, expected one of hydralora, lora"),
+        ("rank", 0, "rank: got 0, expected at least 1"),
+        ("heads", 0, "heads: got 0"),
+        ("lr", 0.0, "lr: got 0.0, expected more than 0"),
+        ("dropout", 1.0, "dropout: got 1.0"),
+        ("max_length", 4, "max_length: got 4"),
+    ],
+)
+def test_settings_refuse_impossible_values(settings: TrainSettings, name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(settings, **{name: value})
