@@ -9,6 +9,14 @@
     ├── EngineError                    vLLM
     │   ├── VersionError               a version that the integration was not checked against
     │   └── MissingSymbolError         something we extend is no longer where it was
+    ├── RequestError                   what a client of the running server asked for
+    │   ├── UnauthenticatedError       no key, or one that is not known
+    │   ├── ForbiddenError             a known key that may not do this
+    │   ├── RateLimitError             too many requests with this key
+    │   ├── UnknownAdapterError        no adapter of this name is served
+    │   ├── AdapterConflictError       the name or the place that was asked for is taken
+    │   ├── SourceForbiddenError       a source outside what the operator allowed
+    │   └── SourceError                a source that could not be fetched
     └── AdapterError                   an adapter that cannot be loaded, served or written
         ├── AdapterNotFoundError       nothing there, or a file of it is missing
         │   └── AmbiguousAdapterError  several adapters below one folder
@@ -109,6 +117,40 @@ class VersionError(EngineError):
 
 class MissingSymbolError(EngineError):
     """Something of vLLM's that we extend is no longer where it was."""
+
+
+class RequestError(HydraServeError):
+    """Something that a client of the running server asked for and does not get."""
+
+
+class UnauthenticatedError(RequestError):
+    """No key, or one that is not known."""
+
+
+class ForbiddenError(RequestError):
+    """A known key, or a keyless client, that may not do this."""
+
+
+class RateLimitError(RequestError):
+    """Too many requests with this key. retry_after: seconds until the next one is taken."""
+
+    retry_after: float = 1.0
+
+
+class UnknownAdapterError(RequestError):
+    """No adapter of this name is served (or none that this key may see)."""
+
+
+class AdapterConflictError(RequestError):
+    """The adapter's name, or the last place that pinned adapters may take, is taken."""
+
+
+class SourceForbiddenError(RequestError):
+    """A source of adapters outside what the operator allowed."""
+
+
+class SourceError(RequestError):
+    """A source that could not be fetched: unreachable, or it sent something else than it announced."""
 
 
 class AdapterError(HydraServeError):
