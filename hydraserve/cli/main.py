@@ -62,6 +62,9 @@ def run_command(name: str, arguments: list[str]) -> int:
         return USAGE_ERROR if isinstance(e, ConfigError) else FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def overview() -> str:

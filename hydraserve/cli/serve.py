@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     from hydraserve.adapters.sizing import plan_slots
     from hydraserve.models import base_shapes, check_fits, resolve_model
 
+    summaries = [inspect_adapter(source.path) for source in config.adapters]
     model = resolve_model(config.model)
     shapes = base_shapes(model)
-    summaries = [inspect_adapter(source.path) for source in config.adapters]
     for summary in summaries:
         check_base(summary, shapes)
     plan = plan_slots(config, summaries, shapes, 4 if flag_value(passthrough, "--dtype") == "float32" else 2)

