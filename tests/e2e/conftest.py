@@ -8,7 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from hydraserve.adapters.synthetic import make_adapter, save_adapter
+from hydraserve.adapters.save import save_adapter
+from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.bench.process import ServerProcess
 from hydraserve.models import base_shapes
 
@@ -46,7 +47,7 @@ def server(
     adapters.append(f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}")
     arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
-    arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
+    arguments += ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with ServerProcess(arguments, log, ENGINE_ENV) as process:
         yield process

@@ -8,7 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from hydraserve.adapters.synthetic import make_adapter, save_adapter
+from hydraserve.adapters.save import save_adapter
+from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.bench.process import ServerProcess
 from hydraserve.models import base_shapes
 
@@ -20,7 +21,7 @@ ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 def answers(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str], log: Path) -> dict[str, list[int]]:
     """Greedy tokens of every model of a server started with `flags`."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *flags]
-    arguments += ["--max-model-len", "128", "--max-num-seqs", "8"]
+    arguments += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
     for name in ADAPTERS:
         arguments += ["--adapter", f"{name}={adapters / name}"]
     with ServerProcess(arguments, log, {**ENV, **env}) as server:
