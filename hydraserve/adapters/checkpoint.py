@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hydraserve.adapters.config import AdapterConfig, read_config
-from hydraserve.adapters.formats import hydralora, lora
+from hydraserve.adapters.formats import hydralora, lora, peft
 from hydraserve.adapters.formats.plan import ModulePlan
 from hydraserve.adapters.formats.relatives import refuse_companions, refuse_relatives
 from hydraserve.adapters.limits import DEFAULT_LIMITS, AdapterLimits
@@ -55,7 +55,7 @@ class Format(Protocol):
     def plan(self, config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, ModulePlan]: ...
 
 
-FORMATS: tuple[Format, ...] = (hydralora, lora)
+FORMATS: tuple[Format, ...] = (hydralora, peft, lora)
 
 
 def load_adapter(path: Path | str, *, limits: AdapterLimits = DEFAULT_LIMITS) -> HydraAdapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_kmeans_finds_the_number_of_topics(count: int) -> None:
     assert choice.best_silhouette == count
     assert [c.k for c in choice.candidates] == list(range(1, 11))
     inertia = [c.inertia for c in choice.candidates]
-    assert all(a >= b * 0.999 for a, b in zip(inertia, inertia[1:], strict=False))
+    assert all(a >= b * 0.999 for a, b in pairwise(inertia))
     assert choose_heads(topics(count)) == choice
 
 
