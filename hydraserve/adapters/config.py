@@ -54,7 +54,7 @@ class AdapterConfig:
         """
         expected = "a whole number of at least 1"
         default = self._checked_count(name, self._typed(name, int, expected), limit)
-        pattern = self._pattern(pattern_name)
+        pattern = self._pattern(pattern_name, matcher)
         for key, value in pattern.items():
             if type(value) is not int:
                 raise _wrong(f"{pattern_name}[{key!r}]", value, expected)
@@ -64,7 +64,7 @@ class AdapterConfig:
     def alphas(self, matcher: PatternMatcher) -> PerModule[float]:
         """lora_alpha for each module: the required field and the optional alpha_pattern."""
         default = _finite("lora_alpha", self._typed("lora_alpha", (int, float), "a number"))
-        pattern = self._pattern("alpha_pattern")
+        pattern = self._pattern("alpha_pattern", matcher)
         for key, value in pattern.items():
             if type(value) not in (int, float):
                 raise _wrong(f"alpha_pattern[{key!r}]", value, "a number")
@@ -110,13 +110,15 @@ class AdapterConfig:
             raise _wrong(name, value, expected)
         return value
 
-    def _pattern(self, name: str) -> Mapping[str, Any]:
+    def _pattern(self, name: str, matcher: PatternMatcher) -> Mapping[str, Any]:
         value = self.fields.get(name)
         if value is None:
             return {}
         if not isinstance(value, dict):
             raise _wrong(name, value, "an object of patterns and numbers, or null")
         self.limits.check(name, len(value), self.limits.tensors, unit=" patterns")
+        for key in value:
+            matcher.add(name, key)
         return value
 
 
@@ -147,13 +149,15 @@ class PatternMatcher:
         self._deadline = time.monotonic() + limits.pattern_seconds
         self._compiled: dict[str, regex.Pattern[str]] = {}
 
+    def add(self, name: str, key: str) -> None:
+        """Compile a key of the field `name`. Raises AdapterConfigError."""
+        self._compiled[key] = _compile(name, key)
+
     def first(self, keys: Iterable[str], path: str) -> str | None:
-        """The first key that matches. Raises AdapterConfigError, LimitError."""
+        """The first of `keys`, all of which were added, that matches. Raises LimitError when it takes too long."""
         return next((key for key in keys if self._matches(key, path)), None)
 
     def _matches(self, key: str, path: str) -> bool:
-        if key not in self._compiled:
-            self._compiled[key] = _compile(key)
         left = self._deadline - time.monotonic()
         try:
             if left > 0:
@@ -173,12 +177,12 @@ class PerModule(Generic[_Number]):
     matcher: PatternMatcher
 
     def of(self, path: str) -> _Number:
-        """The number for the module at `path`. Raises AdapterConfigError, LimitError for a bad pattern."""
+        """The number for the module at `path`. Raises LimitError for a pattern that takes too long."""
         key = self.matcher.first(self.pattern, path)
         return self.default if key is None else self.pattern[key]
 
 
-def _compile(key: str) -> regex.Pattern[str]:
+def _compile(name: str, key: str) -> regex.Pattern[str]:
     # Counted repeats ({1000}, nested) can make compiling take for ever, and names of modules need none.
     fault = None
     if len(key) > _LONGEST_PATTERN or "{" in key or "(?" in key:
@@ -188,7 +192,7 @@ def _compile(key: str) -> regex.Pattern[str]:
             return regex.compile(rf"(.*\.)?({key})$")
         except (regex.error, RecursionError) as error:
             fault = f"a regular expression ({error})"
-    raise AdapterConfigError(f"pattern {key!r}", got=key, expected=fault, fix="write the modules' names out")
+    raise AdapterConfigError(name, got=f"the key {key!r}", expected=fault, fix="write the modules' names out")
 
 
 def _finite(name: str, value: float) -> float:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from hydraserve.adapters.files import JsonError, open_regular, parse_object, unr
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.pickles import forbidden_pickle
 from hydraserve.adapters.weights import natural_order
-from hydraserve.errors import AdapterFormatError, DtypeError, MissingTensorError, UnreadableFileError, UnsafeFileError
+from hydraserve.errors import (
+    AdapterError,
+    AdapterFormatError,
+    DtypeError,
+    MissingTensorError,
+    UnreadableFileError,
+    UnsafeFileError,
+)
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATING = frozenset(_SAFETENSORS_DTYPES.values())
@@ -164,23 +171,15 @@ class BinFile(TensorFile):
         return infos
 
     def _read_tensors(self) -> dict[str, torch.Tensor]:
-        with open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
-            try:
-                damaged = archive.testzip()
-            except (zipfile.BadZipFile, EOFError) as error:
-                raise self._fault(str(error), "a file written by torch.save") from error
+        with self._whatever_damage_raises(), open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
         if damaged is not None:
             raise self._fault(f"a wrong checksum of {damaged}", "the data that was saved")
         return {name: _own(tensor) for name, tensor in self._torch_load("cpu").items()}
 
     def _torch_load(self, device: str) -> dict[str, torch.Tensor]:
-        try:
+        with self._whatever_damage_raises():
             content = torch.load(self.path, weights_only=True, map_location=device)
-        except OSError:
-            raise
-        except Exception as error:  # a damaged pickle can raise almost anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self._fault(reason, "a file written by torch.save") from error
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
         ):
@@ -192,17 +191,25 @@ class BinFile(TensorFile):
             )
         return content
 
+    @contextlib.contextmanager
+    def _whatever_damage_raises(self) -> Iterator[None]:
+        """A damaged archive or pickle can make the libraries raise almost anything: say that it is damaged."""
+        try:
+            yield
+        except (AdapterError, OSError):
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise self._fault(reason, "a file written by torch.save") from error
+
     def _check_zip(self) -> None:
         """No pickle outside a zip, no compression (a bomb), and a pickle that only builds tensors."""
         with open_regular(self.path) as file:
             if file.read(4) != b"PK\x03\x04":
                 file.seek(0)
                 self._refuse_bare(file.read(self.limits.header_bytes))
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    reason = forbidden_pickle(self._pickle_of(archive))
-            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-                raise self._fault(str(error) or "a damaged zip", "a file written by torch.save") from error
+            with self._whatever_damage_raises(), zipfile.ZipFile(file) as archive:
+                reason = forbidden_pickle(self._pickle_of(archive))
         if reason:
             raise self._unsafe(reason)
 
