@@ -19,6 +19,7 @@ from sklearn.cluster import DBSCAN, KMeans  # type: ignore[import-untyped]
 from sklearn.feature_extraction.text import TfidfVectorizer  # type: ignore[import-untyped]
 from sklearn.metrics import silhouette_score  # type: ignore[import-untyped]
 from sklearn.neighbors import NearestNeighbors  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from hydraserve.training.data import DataError, Example
 
@@ -108,7 +109,8 @@ def elbow(values: Sequence[float]) -> int:
 def _by_kmeans(points: csr_matrix, max_heads: int, seed: int) -> HeadsChoice:
     candidates = []
     for k in range(1, max_heads + 1):
-        model = KMeans(n_clusters=k, n_init=5, random_state=seed).fit(points)
+        with threadpool_limits(1):  # many short steps: more threads would mostly wait for one another
+            model = KMeans(n_clusters=k, n_init=5, random_state=seed).fit(points)
         candidates.append(Candidate(k, float(model.inertia_), _silhouette(points, model.labels_, seed)))
     at_elbow = candidates[elbow([c.inertia for c in candidates])].k
     best = max(candidates[1:], key=lambda c: c.silhouette if c.silhouette is not None else -1.0)
