@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hydraserve.errors import ConfigError, ModelNotFoundError
+from hydraserve.models import resolve_model
 from hydraserve.training.batches import PackedCollator, PaddedCollator, Rows, accepts_short_logits, pack
 from hydraserve.training.data import DataError, Example, load_examples, split
 from hydraserve.training.heads import choose_heads
@@ -140,9 +141,10 @@ def _settle_heads(settings: TrainSettings, examples: list[Example], console: Con
 
 
 def _load_base(settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    source = resolve_model(settings.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, settings.dtype))
     except (OSError, ValueError) as e:
         raise ModelNotFoundError(
             "--model",

@@ -56,7 +56,7 @@ def test_trains_an_adapter_that_the_server_reads(
         (["--heads", "0"], 2, 'heads: got 0, expected at least 1, or "auto"'),
         (["--resume"], 2, "--resume: got no checkpoint"),
         (["--data", "/no/such.json"], 1, "/no/such.json: got No such file"),
-        (["--model", "/no/such"], 1, "--model: got /no/such"),
+        (["--model", "/no/such"], 1, "base model: got '/no/such'"),
         (["--template", "chat"], 2, "without a chat template"),
     ],
 )

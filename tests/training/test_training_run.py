@@ -121,8 +121,11 @@ def test_heads_auto(settings: TrainSettings) -> None:
 def test_refusals(settings: TrainSettings) -> None:
     with pytest.raises(ConfigError, match=r"--resume: got no checkpoint in .*--save-every"):
         run(replace(settings, resume=True))
-    with pytest.raises(ModelNotFoundError, match="--model: got /no/such"):
+    with pytest.raises(ModelNotFoundError, match="base model: got '/no/such'"):
         run(replace(settings, model="/no/such"))
+    settings.output.mkdir()
+    with pytest.raises(ModelNotFoundError, match="--model: got .*out: .*expected a transformers model"):
+        run(replace(settings, model=str(settings.output)))
     long = settings.data[0].parent / "long.jsonl"
     long.write_text(json.dumps({"instruction": "a long question", "output": "x"}))
     with pytest.raises(DataError, match="no example with an answer within 8 tokens"):

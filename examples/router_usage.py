@@ -1,0 +1,92 @@
+"""Which heads an adapter's router uses for which task, offline: one forward pass over questions and answers.
+
+    python examples/router_usage.py examples/adapters/desk --data runs/data/desk/held_out.jsonl
+
+Prints, for each task and kind of layer, each head's mean share of the answers' tokens, and how far the tasks' shares
+are from one another (total variation distance: 0 the same, 1 disjoint).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from hydraserve.models import resolve_model
+from hydraserve.tuner import record_routing
+
+# task -> module -> [E], the mean routing weights
+Usage = dict[str, dict[str, torch.Tensor]]
+
+
+def usage_by_task(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> Usage:
+    """Mean routing weights over the tokens of the answers, and those that lead to them."""
+    sums: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        prompt = tokenizer(f"{row['instruction']}\n{row['input']}\n")["input_ids"]
+        answer = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad(), record_routing(model) as routing:
+            model(input_ids=torch.tensor([prompt + answer]))
+        for module in routing.weights:
+            sums[row["task"]][module].append(routing.tokens(module)[len(prompt) - 1 :].mean(0))
+    return {
+        task: {module: torch.stack(weights).mean(0) for module, weights in modules.items()}
+        for task, modules in sums.items()
+    }
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], kind: str) -> float:
+    """Mean total variation distance of two tasks' shares over the layers of one kind."""
+    distances = [(one[m] - other[m]).abs().sum().item() / 2 for m in one if m.endswith(kind)]
+    return sum(distances) / len(distances)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="held_out.jsonl of a mixture")
+    parser.add_argument("--model", default="demo", help="base model (default: the demo model)")
+    parser.add_argument("--per-task", type=int, default=20, help="questions of each task (default: 20)")
+    parser.add_argument("--json", type=Path, help="write every layer's shares to this file")
+    args = parser.parse_args()
+    source = resolve_model(args.model)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, args.adapter).eval()
+    by_task: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for line in args.data.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if len(by_task[row["task"]]) < args.per_task:
+            by_task[row["task"]].append(row)
+    rows = [row for group in by_task.values() for row in group]
+    usage = usage_by_task(model, AutoTokenizer.from_pretrained(source), rows)
+    report(usage)
+    if args.json:
+        shares = {task: {m: w.tolist() for m, w in modules.items()} for task, modules in usage.items()}
+        args.json.write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
+
+
+def report(usage: Usage) -> None:
+    """Print both tables."""
+    kinds = sorted({module.rpartition(".")[2] for modules in usage.values() for module in modules})
+    print("| task | " + " | ".join(kinds) + " |")
+    print("|---|" + "---|" * len(kinds))
+    for task, modules in sorted(usage.items()):
+        cells = []
+        for kind in kinds:
+            shares = torch.stack([weights for module, weights in modules.items() if module.endswith(kind)]).mean(0)
+            cells.append(" ".join(f"{share:.2f}" for share in shares.tolist()))
+        print(f"| {task} | " + " | ".join(cells) + " |")
+    print()
+    for one, other in combinations(sorted(usage), 2):
+        cells = [f"{kind} {distance(usage[one], usage[other], kind):.3f}" for kind in kinds]
+        print(f"{one} / {other}: " + ", ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
