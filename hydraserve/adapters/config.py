@@ -40,7 +40,7 @@ class AdapterConfig:
 
     @property
     def rank_stabilized(self) -> bool:
-        """use_rslora: the scaling is alpha / sqrt(r) instead of alpha / r."""
+        """use_rslora (arXiv:2312.03732): the scaling is alpha / sqrt(r) instead of alpha / r."""
         return self.fields.get("use_rslora") is not None and self._typed("use_rslora", bool, "true or false")
 
     def scaling(self, rank: int, alpha: float) -> float:

@@ -22,8 +22,8 @@ def make_adapter(
     *,
     plain: bool | None = None,
     alpha: float | None = None,
-    strength: float = 0.1,
-    sharpness: float = 2.0,
+    strength: float = 0.5,
+    sharpness: float = 8.0,
     dtype: torch.dtype = torch.float32,
     base_model: str | None = None,
 ) -> HydraAdapter:
@@ -37,6 +37,10 @@ def make_adapter(
     alpha:       s = alpha / r; default 2 r.
     strength:    RMS of each module's delta for inputs of RMS 1, per head.
     sharpness:   standard deviation of the router's logits for such inputs.
+
+    The defaults suit real language models, whose layers see inputs of RMS 0.15 to 0.6. On SmolLM2-135M with all
+    modules adapted, deltas are then 5 to 16% of the layers' outputs, the routing's normalised entropy is 0.55 to 0.8,
+    and greedy text differs from the base's but still is English; at a strength of 2 it no longer is.
 
     Raises ValueError when no module is left to adapt, or for several heads without a router.
     """

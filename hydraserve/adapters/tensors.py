@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -203,7 +203,7 @@ class BinFile(TensorFile):
             raise self._fault(reason, "a file written by torch.save") from error
 
     def _check_zip(self) -> None:
-        """No pickle outside a zip, no compression (a bomb), and a pickle that only builds tensors."""
+        """Raises unless the file is an uncompressed zip with one pickle, which only builds tensors."""
         with open_regular(self.path) as file:
             if file.read(4) != b"PK\x03\x04":
                 file.seek(0)
@@ -231,7 +231,8 @@ class BinFile(TensorFile):
         self.limits.check(f"pickle in {self.path.name}", size, self.limits.header_bytes, unit=" bytes")
         return archive.read(pickles[0])
 
-    def _refuse_bare(self, data: bytes) -> None:
+    def _refuse_bare(self, data: bytes) -> NoReturn:
+        """A pickle outside a zip, or no pickle at all."""
         with contextlib.suppress(ValueError):
             if reason := forbidden_pickle(data):
                 raise self._unsafe(reason)

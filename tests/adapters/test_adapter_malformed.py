@@ -137,9 +137,9 @@ def test_calls_that_a_dict_of_tensors_does_not_need(tmp_path: Path, payload: Pay
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
     folder = bin_folder(
-        tmp_path, archive(pickle.dumps({}), compression=zipfile.ZIP_DEFLATED, extra={"data/0": bytes(10**8)})
+        tmp_path, archive(pickle.dumps({}), compression=zipfile.ZIP_DEFLATED, extra={"data/0": bytes(10**7)})
     )
-    assert (folder / "adapter_model.bin").stat().st_size < 10**6
+    assert (folder / "adapter_model.bin").stat().st_size < 10**5
     with pytest.raises(UnsafeFileError, match="compressed"):
         load_adapter(folder)
 

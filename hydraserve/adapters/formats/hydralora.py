@@ -13,6 +13,8 @@ s = lora_alpha / r with the layer's own r. What ties the configuration to the te
 - without `rank_pattern` and `lora_nums_pattern`: `r` and `lora_nums` must be those of at least one layer;
 - with them (PEFT's rule of matching; `save_hydralora` writes both for such adapters): every layer must be as they
   say, layers that no pattern names as `r` and `lora_nums` say. `alpha_pattern` likewise gives a layer's lora_alpha.
+
+`use_rslora`, which the authors' code does not have, means what it means in PEFT.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from hydraserve.errors import AdapterConfigError, MissingTensorError, ShapeError
 
 NAME = "hydralora"
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>route|A|B(?:0|[1-9]\d{0,8}))\.weight")
-_EXPORT_AGAIN = "export or copy the adapter again"
 _OURS = re.compile(r".+\.lora_(?:route|B\d+)\.weight")
+_EXPORT_AGAIN = "export or copy the adapter again"
 
 
 def recognise(config: AdapterConfig, names: Collection[str]) -> str | None:
