@@ -1,7 +1,8 @@
-"""A `hydraserve serve` process: start, wait until it answers, stop. Used by the benchmark and by the tests."""
+"""A server process: start, wait until it answers, stop. Used by the benchmark and by the tests."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -20,6 +21,11 @@ from hydraserve.errors import EngineError
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 
+# Arguments of the Python interpreter that start a server. vLLM's own is what the benchmark compares with: nothing of
+# ours runs in it (with HYDRASERVE_PLUGIN=0), not even the command line.
+HYDRASERVE = ("-m", "hydraserve.cli.main", "serve")
+VLLM = ("-m", "vllm.entrypoints.openai.api_server")
+
 
 def free_port() -> int:
     """A TCP port that nothing listens on at the moment."""
@@ -31,8 +37,9 @@ def free_port() -> int:
 class ServerProcess:
     """A server on a free port of the loopback address, its output in `log`.
 
-    arguments: of `hydraserve serve`, without --host and --port.
+    arguments: of the server, without --host and --port.
     env:       variables added to this process's own.
+    command:   which server, HYDRASERVE or VLLM.
 
     Use as a context manager. Raises EngineError, with the end of the log, when the server does not come up.
     """
@@ -43,36 +50,44 @@ class ServerProcess:
         log: Path,
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
+        command: Sequence[str] = HYDRASERVE,
     ) -> None:
         self.arguments, self.log, self.env = list(arguments), log, dict(env or {})
-        self.start_timeout_s = start_timeout_s
+        self.start_timeout_s, self.command = start_timeout_s, tuple(command)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> ServerProcess:
         """Start the process and wait until /health answers."""
-        command = [sys.executable, "-m", "hydraserve.cli.main", "serve", "--host", "127.0.0.1"]
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), *self.arguments],
+                [sys.executable, *self.command, *address, *self.arguments],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.env},
                 start_new_session=True,  # so that stop() reaches its worker processes too
             )
+        try:
+            self._wait_until_healthy()
+        except BaseException:  # Ctrl-C too: nobody else would stop it
+            self.stop()
+            raise
+        return self
+
+    def _wait_until_healthy(self) -> None:
+        assert self.process is not None
         deadline = time.monotonic() + self.start_timeout_s
         while not self.healthy():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
                 raise EngineError(
                     what="server start",
-                    got=f"exit status {self.process.returncode}, log ends with:\n{self.log_tail()}",
+                    got=f"exit status {self.process.poll()}, log ends with:\n{self.log_tail()}",
                     expected=f"an answer on {self.url}/health within {self.start_timeout_s:.0f} s",
                     fix=f"see {self.log}",
                 )
             time.sleep(0.25)
-        return self
 
     def healthy(self) -> bool:
         """Whether /health answers 200."""
@@ -87,14 +102,10 @@ class ServerProcess:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(sig)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         return self.process.wait()
 
     def log_tail(self, lines: int = 30) -> str:

@@ -1,0 +1,227 @@
+"""Runs a comparison: starts the servers, warms them up, and drives them in turn, one at a time."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydraserve.bench.arms import REFERENCE_LARGEST_BATCH, Arm, Comparison, ServerSpec
+from hydraserve.bench.process import HYDRASERVE, VLLM, ServerProcess
+from hydraserve.bench.result import CellRuns, Result
+from hydraserve.bench.scrape import Scrape, scrape
+from hydraserve.bench.stats import Metrics, RequestRecord, Slo, run_metrics
+from hydraserve.bench.targets import HttpTarget, ReferenceTarget, Target
+from hydraserve.bench.usage import Neighbours, memory
+from hydraserve.bench.workload import Load, Request, Workload
+from hydraserve.errors import EngineError
+
+WARMUP_TOKENS = 8
+ERRORS_KEPT = 3  # of each run, in the result file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """loads:    concurrencies or rates.
+    repeats:  of each cell.
+    waves:    closed loop: requests per concurrent client and run.
+    requests: open loop: requests per run.
+    together: all servers are up at the same time and take turns within each repeat. False: one server after the
+              other, for machines that cannot hold them all; arms are then far apart in time.
+    log_folder, env: of the servers.
+    """
+
+    loads: Sequence[Load]
+    log_folder: Path
+    repeats: int = 3
+    waves: int = 2
+    requests: int = 64
+    seed: int = 0
+    slo: Slo | None = None
+    together: bool = True
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def count(self, load: Load) -> int:
+        """Requests of one run."""
+        return load.concurrency * self.waves if load.concurrency is not None else self.requests
+
+
+class Progress:
+    """What a run tells its watcher; this one is silent."""
+
+    def begin(self, runs: int) -> None:
+        """`runs` measured runs are to come."""
+
+    def note(self, text: str) -> None:
+        """What happens now."""
+
+    def request_done(self) -> None:
+        """One more request was answered."""
+
+    def run_done(self) -> None:
+        """One more measured run is over."""
+
+
+class Runner:
+    """Measures all cells of a comparison into `result`, which is whole after every single run.
+
+    on_run: called after each measured run, to save what is there.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        workload: Workload,
+        settings: Settings,
+        result: Result,
+        progress: Progress | None = None,
+        on_run: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.comparison, self.workload, self.settings, self.result = comparison, workload, settings, result
+        self.progress, self.on_run = progress or Progress(), on_run
+        self.targets: dict[str, Target] = {}
+
+    def run(self) -> None:
+        """Measure everything; sets result.complete at the end. Raises EngineError; Ctrl-C comes through."""
+        cells = self.cells(self.comparison.arms)
+        self.result.cells = cells
+        self.progress.begin(len(cells) * self.settings.repeats)
+        if self.settings.together:
+            with ExitStack() as stack:
+                for spec in self.comparison.servers:
+                    self.start(spec, stack)
+                self.measure(cells)
+        else:
+            for spec in self.comparison.servers:
+                with ExitStack() as stack:
+                    self.start(spec, stack)
+                    self.measure([cell for cell in cells if cell.arm.server == spec.name])
+        self.result.complete = True
+
+    def cells(self, arms: Iterable[Arm]) -> list[CellRuns]:
+        """Load by load, so that the runs that are compared follow one another."""
+        arms = list(arms)
+        return [CellRuns(arm, load) for load in self.settings.loads for arm in arms if worthwhile(arm, load)]
+
+    def start(self, spec: ServerSpec, stack: ExitStack) -> None:
+        """Start a server (or find it running) and note what it says of itself."""
+        self.progress.note(f"starting {spec.name}")
+        begin = time.monotonic()
+        log = self.settings.log_folder / f"{spec.name}.log"
+        target = stack.enter_context(_target(spec, log, self.settings.env))
+        self.targets[spec.name] = target
+        facts: dict[str, Any] = {
+            "kind": spec.kind,
+            "arguments": _without_paths(spec.arguments),
+            "start_s": round(time.monotonic() - begin, 1),
+        }
+        if target.url is not None:
+            facts["kv_cache_tokens"] = scrape(target.url).kv_tokens
+        if target.leader is not None:
+            facts |= {"idle_memory_bytes": memory(target.leader).pss, "compilation": compilation_mode(log)}
+        self.result.servers[spec.name] = facts
+
+    def measure(self, cells: Sequence[CellRuns]) -> None:
+        """Warm up every cell, then repeat by repeat all of them in turn."""
+        for cell in cells:
+            self.progress.note(f"warming up {cell.arm.label}, {cell.load.label}")
+            _refuse_failures(cell, self.drive(cell, self.warmup_requests(cell)))
+        for repeat in range(self.settings.repeats):
+            for cell in cells:
+                self.progress.note(f"repeat {repeat + 1}: {cell.arm.label}, {cell.load.label}")
+                self.measure_once(cell, self.settings.seed + repeat)
+                self.progress.run_done()
+                self.on_run()
+
+    def warmup_requests(self, cell: CellRuns) -> list[Request]:
+        """Every adapter once and the cell's whole concurrency, with prompts of no measured run, and short answers."""
+        count = max(len(cell.arm.models), cell.load.concurrency or 1)
+        workload = replace(self.workload, popularity="distinct")
+        requests = workload.requests(count, cell.arm.models, cell.load, self.settings.seed + self.settings.repeats)
+        return [replace(r, at=0.0, output_tokens=min(r.output_tokens, WARMUP_TOKENS)) for r in requests]
+
+    def measure_once(self, cell: CellRuns, seed: int) -> None:
+        """One run of a cell, added to its runs."""
+        target = self.targets[cell.arm.server]
+        requests = self.workload.requests(self.settings.count(cell.load), cell.arm.models, cell.load, seed)
+        before = scrape(target.url) if target.url else Scrape()
+        neighbours = Neighbours(target.leader) if target.leader else None
+        records = self.drive(cell, requests)
+        metrics = run_metrics(records, self.settings.slo)
+        metrics["other_processes_cpu_share"] = neighbours.share() if neighbours else None
+        metrics |= _memory_metrics(target)
+        counters = scrape(target.url).since(before) if target.url else {}
+        errors = [record.error for record in records if record.error is not None]
+        cell.add(metrics, counters, errors[:ERRORS_KEPT])
+
+    def drive(self, cell: CellRuns, requests: Sequence[Request]) -> list[RequestRecord]:
+        return self.targets[cell.arm.server].run(requests, cell.load, self.progress.request_done)
+
+
+def worthwhile(arm: Arm, load: Load) -> bool:
+    """Whether a cell says something that no other does.
+
+    More adapters than requests in the batch are the cell with fewer adapters again, and the reference is not measured
+    beyond REFERENCE_LARGEST_BATCH, nor in an open loop, which it has no queue for.
+    """
+    if load.concurrency is None:
+        return arm.kind != "reference"
+    if arm.kind == "reference" and load.concurrency > REFERENCE_LARGEST_BATCH:
+        return False
+    return arm.adapters <= max(1, load.concurrency)
+
+
+def compilation_mode(log: Path) -> str | None:
+    """How vLLM says it compiles the model ("NONE", "DYNAMO_TRACE_ONCE", ...), from its log; None when it does not."""
+    found = re.search(r"CompilationMode\.(\w+)", log.read_text(errors="replace"))
+    return found[1] if found else None
+
+
+def _target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> AbstractContextManager[Target]:
+    if spec.kind == "reference":
+        return ReferenceTarget(spec.arguments, spec.adapters, log)
+    return _http_target(spec, log, env)
+
+
+@contextmanager
+def _http_target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> Iterator[Target]:
+    if spec.url is not None:
+        yield HttpTarget(spec.url, None)
+        return
+    ours = spec.kind == "hydraserve"
+    env = {**env, "HYDRASERVE_PLUGIN": "1" if ours else "0"}
+    with ServerProcess(spec.arguments, log, env, command=HYDRASERVE if ours else VLLM) as server:
+        assert server.process is not None
+        yield HttpTarget(server.url, server.process.pid)
+
+
+def _memory_metrics(target: Target) -> Metrics:
+    if target.leader is None:
+        return {}
+    now = memory(target.leader)
+    return {"memory_pss_bytes": float(now.pss), "memory_peak_bytes": float(now.peak)}
+
+
+def _refuse_failures(cell: CellRuns, records: Sequence[RequestRecord]) -> None:
+    """A cell whose warm-up fails would only measure errors. Raises EngineError."""
+    errors = [record.error for record in records if record.error is not None]
+    if errors:
+        raise EngineError(
+            what=f"{cell.arm.label}, {cell.load.label}: {len(errors)} of {len(records)} warm-up requests",
+            got=errors[0],
+            expected="answers",
+            fix="see the server's log in the folder that --logs names",
+        )
+
+
+def _without_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments as published: of local paths only the last component."""
+
+    def shorten(text: str) -> str:
+        return re.sub(r'(?<![\w.])(?:/[^/\s",=]+)+/([^/\s",=]+)', r"\1", text)
+
+    return [shorten(argument) for argument in arguments]

@@ -1,0 +1,323 @@
+"""`hydraserve bench`: what adapters cost, end to end over HTTP, against the same engine without them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydraserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydraserve.bench.arms import Comparison, Shape
+    from hydraserve.bench.runner import Settings
+    from hydraserve.bench.workload import Load, Workload
+
+HELP = "measure what adapters cost against the same engine without them"
+PASSES_THROUGH = True  # flags that are not ours go to every server
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells give it
+
+EPILOG = """\
+Every other flag goes to all servers alike (--dtype, --enforce-eager, --max-model-len ...). Defaults that are not
+vLLM's: prefix caching is off, --max-num-seqs is the largest batch, the KV cache is as large as the workload needs.
+
+examples:
+  hydraserve bench --model demo
+  hydraserve bench --model llama2-7b --adapter ./hydra --batch 1,8,32,64 --output result.json --plot result.png
+  hydraserve bench --model demo --shape 8x4,16x8 --adapters 1,4,8,16 --reference
+  hydraserve bench --model demo --rate 2,4 --burstiness 0.5 --popularity zipf --adapters 16 --slots 4 --slo ttft=500
+  hydraserve bench --model demo --url http://localhost:8000
+  hydraserve bench --show result.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("--model", help="base model: a short name (`hydraserve models`), a Hub id or a path")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="adapter folder, repeatable (default: random adapters of --shape)",
+    )
+    what.add_argument("--shape", default="8x4", help="rank x heads of random adapters, a list (default: %(default)s)")
+    what.add_argument("--target-modules", metavar="NAME,...", help="layers of random adapters (default: all)")
+    what.add_argument("--adapters", default="1,8", help="numbers of different adapters (default: %(default)s)")
+    what.add_argument("--slots", type=int, help="adapters in one batch (default: as many as there are)")
+    what.add_argument(
+        "--arms",
+        default="off,base-only,hydra,lora,lora-wide",
+        help="of: off (LoRA off), base-only (adapters on, base traffic), hydra, lora (vLLM's own, rank r), lora-wide "
+        "(rank E*r), reference (default: %(default)s)",
+    )
+    what.add_argument(
+        "--reference", action="store_true", help="also the authors' per-head computation in Hugging Face transformers"
+    )
+    what.add_argument("--url", help="measure this running server instead of starting any")
+    _add_workload(parser)
+    _add_measurement(parser)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the workload")
+    group.add_argument("--batch", default="1,8,32", help="closed loop: requests at any time (default: %(default)s)")
+    group.add_argument("--rate", help="open loop instead: requests that arrive per second, a list")
+    group.add_argument("--burstiness", type=float, default=1.0, help="of arrivals: 1 is Poisson, less is burstier")
+    group.add_argument("--waves", type=int, default=2, help="closed loop: requests per client (default: %(default)s)")
+    group.add_argument("--requests", type=int, default=64, help="open loop: requests per run (default: %(default)s)")
+    group.add_argument("--input-len", default="32", help="prompt tokens, or a range 16-64 (default: %(default)s)")
+    group.add_argument("--output-len", default="64", help="answer tokens, or a range (default: %(default)s)")
+    group.add_argument("--dataset", type=Path, help="take prompts and lengths from a file in ShareGPT's form")
+    group.add_argument(
+        "--popularity",
+        default="distinct",
+        help="of adapters: distinct (in turn), identical, uniform, zipf (exponent 1.5) (default: %(default)s)",
+    )
+    group.add_argument("--slo", help="report goodput: requests within these limits, such as ttft=500,tpot=50 (ms)")
+
+
+def _add_measurement(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the measurement")
+    group.add_argument("--repeats", type=int, default=3, help="of each cell, interleaved (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="start the servers one after the other, where the memory cannot hold all of them",
+    )
+    group.add_argument("--output", type=Path, help="write every run and what they come to as JSON")
+    group.add_argument("--plot", type=Path, help="write a PNG")
+    group.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
+    group.add_argument("--show", type=Path, metavar="FILE", help="print (and --plot) a result file, measure nothing")
+    group.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    from hydraserve.bench.result import load
+
+    if args.show is not None:
+        _refuse(args.passthrough, "--show measures nothing")
+        _print(load(args.show), args)
+        return 0
+    if not args.model:
+        raise ConfigError("--model", "nothing", "a base model", "hydraserve bench --model demo")
+    with tempfile.TemporaryDirectory(prefix="hydraserve-bench-") as folder:
+        return measure(args, Path(folder))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> int:
+    """Set everything up, run it, print it. 0, or INTERRUPTED with a partial result."""
+    from hydraserve.bench.progress import BarProgress
+    from hydraserve.bench.result import Result, save
+    from hydraserve.bench.runner import Runner
+
+    workload, loads = read_workload(args)
+    engine_flags = [] if args.url else default_flags(args, workload, loads)
+    comparison = read_comparison(args, engine_flags, folder)
+    settings = read_settings(args, loads, folder)
+    result = Result(_about(args, workload, settings, engine_flags), comparison.baseline)
+
+    def keep() -> None:
+        if args.output is not None:
+            save(result.to_json(), args.output)
+
+    with BarProgress() as progress:
+        try:
+            Runner(comparison, workload, settings, result, progress, keep).run()
+        except KeyboardInterrupt:
+            result.stopped_by = "Ctrl-C"
+        except BaseException as e:
+            result.stopped_by = type(e).__name__
+            raise
+        finally:
+            keep()
+    _print(result.to_json(), args)
+    return 0 if result.complete else INTERRUPTED
+
+
+def read_workload(args: argparse.Namespace) -> tuple[Workload, list[Load]]:
+    """The requests, and how fast they come. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    from hydraserve.bench.workload import POPULARITIES, Lengths, Load, Workload, read_sharegpt
+    from hydraserve.models import resolve_model
+
+    if args.popularity not in POPULARITIES:
+        raise ConfigError("--popularity", args.popularity, ", ".join(POPULARITIES), "choose one of these")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
+    workload = Workload(
+        len(tokenizer),
+        Lengths.parse(args.input_len, "--input-len"),
+        Lengths.parse(args.output_len, "--output-len"),
+        args.popularity,
+        read_sharegpt(args.dataset, tokenizer) if args.dataset else (),
+    )
+    if args.rate is not None:
+        return workload, [Load(rate=rate, burstiness=args.burstiness) for rate in numbers(args.rate, "--rate", float)]
+    return workload, [Load(concurrency=int(batch)) for batch in numbers(args.batch, "--batch", int)]
+
+
+def read_comparison(args: argparse.Namespace, engine_flags: Sequence[str], folder: Path) -> Comparison:
+    """The servers and the arms. Raises ConfigError."""
+    from hydraserve.bench.arms import KINDS, Plan, compare, running_server
+    from hydraserve.bench.models import served_models
+    from hydraserve.engine.options import legal_max_rank
+    from hydraserve.models import base_shapes, resolve_model
+
+    counts = sorted({int(n) for n in numbers(args.adapters, "--adapters", int)})
+    if args.url:
+        _refuse(args.passthrough, "the server of --url runs already")
+        base, adapters = served_models(args.url)
+        return running_server(args.url, base, adapters, counts)
+    kinds = [*args.arms.split(","), *(["reference"] if args.reference else [])]
+    if unknown := set(kinds) - set(KINDS):
+        raise ConfigError("--arms", ", ".join(sorted(unknown)), ", ".join(KINDS), "choose of these")
+    shapes = read_shapes(args)
+    if shapes[0].folders:
+        given = len(shapes[0].folders)
+        counts = sorted({*(count for count in counts if count <= given), given})
+    model = resolve_model(args.model)
+    plan = Plan(
+        model=model,
+        base_shapes=base_shapes(model),
+        shapes=shapes,
+        counts=counts,
+        kinds=kinds,
+        engine_flags=engine_flags,
+        vllm_rank=legal_max_rank,
+        folder=folder / "adapters",
+        targets=args.target_modules.split(",") if args.target_modules else None,
+        slots=args.slots,
+    )
+    return compare(plan)
+
+
+def read_shapes(args: argparse.Namespace) -> list[Shape]:
+    """The HydraLoRA shapes to measure: of the given adapters, which are one server, or of --shape."""
+    from hydraserve.adapters.checkpoint import inspect_adapter
+    from hydraserve.bench.arms import Shape
+    from hydraserve.cli.serve import adapter_source
+
+    if args.adapter:
+        sources = [adapter_source(text) for text in args.adapter]
+        summaries = [inspect_adapter(source.path) for source in sources]
+        folders = {source.name: source.path for source in sources}
+        return [Shape(max(s.rank for s in summaries), max(s.heads for s in summaries), folders)]
+    shapes = []
+    for text in args.shape.split(","):
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+        if found is None:
+            raise ConfigError("--shape", repr(text), "RANKxHEADS", "for example --shape 8x4,16x8")
+        shapes.append(Shape(int(found[1]), int(found[2])))
+    return shapes
+
+
+def read_settings(args: argparse.Namespace, loads: Sequence[Load], folder: Path) -> Settings:
+    """How it is measured. Raises ConfigError."""
+    from hydraserve.bench.machine import openmp_runtime
+    from hydraserve.bench.runner import Settings
+    from hydraserve.bench.stats import Slo
+
+    for flag in ("repeats", "waves", "requests"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag}", getattr(args, flag), "at least 1", "raise it")
+    logs = args.logs or folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # `hydraserve serve` lets its engine start with this library; vLLM's own arms get it too, or they would be slower.
+    library, given = openmp_runtime(), os.environ.get("LD_PRELOAD", "")
+    preload = {} if library is None or "libiomp" in given else {"LD_PRELOAD": f"{library}:{given}".rstrip(":")}
+    return Settings(
+        loads=loads,
+        log_folder=logs,
+        repeats=args.repeats,
+        waves=args.waves,
+        requests=args.requests,
+        seed=args.seed,
+        slo=Slo.parse(args.slo) if args.slo else None,
+        together=not args.one_at_a_time,
+        env=preload,
+    )
+
+
+def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[Load]) -> list[str]:
+    """The engine flags of every server: the given ones, and what makes a measurement of their defaults."""
+    from hydraserve.bench.capacity import kv_bytes_per_token
+    from hydraserve.models import resolve_model
+
+    given: list[str] = args.passthrough
+    named = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
+    batch = max((load.concurrency or 0 for load in loads), default=0) or 64
+    tokens = -(-workload.longest // 128) * 128  # vLLM's largest default block
+    dtype_bytes = 4 if "float32" in given else 2
+    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(resolve_model(args.model), dtype_bytes))
+    defaults = {
+        "--max-num-seqs": [str(batch)],
+        "--max-model-len": [str(tokens)],
+        "--kv-cache-memory-bytes": [str(max(kv_bytes, 256 << 20))],
+    }
+    flags = [] if {"--enable-prefix-caching", "--no-enable-prefix-caching"} & named else ["--no-enable-prefix-caching"]
+    for flag, values in defaults.items():
+        flags += [] if flag in named else [flag, *values]
+    return [*flags, *given]
+
+
+def numbers(text: str, flag: str, kind: type[int] | type[float]) -> list[float]:
+    """ "1,8,32". Raises ConfigError."""
+    try:
+        values: list[float] = [kind(part) for part in text.split(",")]
+        if min(values) <= 0:
+            raise ValueError(text)
+    except ValueError as e:
+        raise ConfigError(flag, repr(text), "positive numbers with commas between", f"for example {flag} 1,8") from e
+    return values
+
+
+def _about(
+    args: argparse.Namespace, workload: Workload, settings: Settings, engine_flags: Sequence[str]
+) -> dict[str, Any]:
+    """The head of the result file."""
+    from hydraserve.bench.machine import provenance
+
+    return {
+        "provenance": provenance(),
+        "model": args.model if not Path(args.model).is_dir() else Path(args.model).name,
+        "engine_flags": list(engine_flags),
+        "enforce_eager": "--enforce-eager" in engine_flags,
+        "openmp_preloaded": bool(settings.env) or "libiomp" in os.environ.get("LD_PRELOAD", ""),
+        "client": "one process on the same machine; on a CPU it shares the cores with the server",
+        "interleaved": settings.together,
+        "workload": workload.describe(),
+        "repeats": settings.repeats,
+        "waves": settings.waves,
+        "requests": settings.requests,
+        "seed": settings.seed,
+        "slo_ms": args.slo,
+    }
+
+
+def _print(result: dict[str, Any], args: argparse.Namespace) -> None:
+    from hydraserve.bench.plot import plot
+    from hydraserve.bench.table import markdown, show
+
+    if args.markdown:
+        print(markdown(result), end="")
+    else:
+        show(result)
+    if args.plot is not None:
+        plot(result, args.plot)
+        print(f"plot: {args.plot}", file=sys.stderr)
+    if args.output is not None:
+        print(f"result: {args.output}", file=sys.stderr)
+
+
+def _refuse(passthrough: Sequence[str], why: str) -> None:
+    if passthrough:
+        raise ConfigError("arguments", " ".join(passthrough), f"none: {why}", "leave them out")
