@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from hydraserve.tuner import HydraLoraConfig, RouterLossCallback
-from hydraserve.tuner.losses import RouterLosses
+from hydraserve.tuner import HydraLoraConfig, HydraLoraLayer, RouterLossCallback
+from hydraserve.tuner.losses import RouterLosses, router_z_loss
 
 VOCABULARY = 32
 COMMON: dict[str, Any] = {
@@ -79,29 +80,54 @@ def assert_learned(trainer: Trainer, folder: Path) -> None:
         torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
-def test_trainer(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama(), config(load_balance_coef=0.01, router_z_coef=0.001))
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(tmp_path), **COMMON),
+def plain_trainer(folder: Path, **options: float) -> Trainer:
+    return Trainer(
+        model=get_peft_model(tiny_llama(), config(**options)),
+        args=TrainingArguments(output_dir=str(folder), **COMMON),
         train_dataset=counting(),
         data_collator=default_data_collator,
     )
-    trainer.train()
-    assert_learned(trainer, tmp_path / "adapter")
 
 
-def test_sft_trainer(tmp_path: Path) -> None:
-    trainer = SFTTrainer(
+def sft_trainer(folder: Path, **options: float) -> Trainer:
+    return SFTTrainer(
         model=tiny_llama(),
-        args=SFTConfig(output_dir=str(tmp_path), bf16=False, **COMMON),
+        args=SFTConfig(output_dir=str(folder), bf16=False, **COMMON),
         train_dataset=counting().remove_columns(["labels", "attention_mask"]),
         processing_class=tokenizer(),
-        peft_config=config(load_balance_coef=0.01),
+        peft_config=config(**options),
     )
+
+
+TRAINERS = pytest.mark.parametrize("make", [plain_trainer, sft_trainer])
+
+
+@TRAINERS
+def test_loss_falls_and_the_adapter_comes_back(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = make(tmp_path)
     assert isinstance(trainer.model, PeftModel)
     trainer.train()
     assert_learned(trainer, tmp_path / "adapter")
+
+
+def z_loss(trainer: Trainer) -> float:
+    """Mean z-loss of all routers over the training data."""
+    values: list[float] = []
+    for layer in trainer.model.modules():
+        if isinstance(layer, HydraLoraLayer):
+            router = layer.parts("default").router
+            router.register_forward_hook(lambda _, __, logits: values.append(router_z_loss(logits.view(-1, 3)).item()))
+    with torch.no_grad():
+        trainer.model.eval()(torch.tensor(counting()["input_ids"][:]))
+    return sum(values) / len(values)
+
+
+@TRAINERS
+def test_router_losses_act_under_every_trainer(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    without, strong = make(tmp_path / "without"), make(tmp_path / "strong", router_z_coef=10.0)
+    for trainer in (without, strong):
+        trainer.train()
+    assert z_loss(strong) < 0.5 * z_loss(without)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
