@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Adapters that can meet in one batch when nothing else is said: enough for most, small beside a base model.
@@ -13,6 +14,10 @@ DEFAULT_MAX_RANK = 16
 DEFAULT_MAX_HEADS = 4
 # Seconds that running requests get to finish after the first SIGINT or SIGTERM.
 DEFAULT_SHUTDOWN_TIMEOUT = 30
+
+# Where adapters may be loaded from at run time when nothing else is said: below the folder that the server was started
+# in, and from the two stores that need no address of a machine.
+DEFAULT_SOURCES = (".", "hf://", "s3://")
 
 
 def cache_dir() -> Path:
@@ -27,6 +32,11 @@ def cache_dir() -> Path:
 def plugin_enabled() -> bool:
     """Whether vLLM is extended in this process; HYDRASERVE_PLUGIN=0 leaves vLLM's own LoRA path."""
     return os.environ.get("HYDRASERVE_PLUGIN", "1") != "0"
+
+
+def take_secret(name: str) -> str | None:
+    """The value of a variable that holds a key, which is then taken away: child processes do not inherit it."""
+    return os.environ.pop(name, None) or None
 
 
 def debug() -> bool:
@@ -67,3 +77,30 @@ class ServeConfig:
     host: str = ""
     port: int = 8000
     debug: bool = False
+    key_file: Path | None = None
+    allow_sources: tuple[str, ...] = ()
+    adapter_dir: Path | None = None
+    state_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What our part of the HTTP server is started with; it travels on vLLM's arguments.
+
+    adapters:      served from the start.
+    base_shapes:   module path -> (in_features, out_features) of the base model's linear layers.
+    api_keys:      for inference; admin_key: for changing adapters as well.
+    key_file:      more keys, each with what it may do.
+    allow_sources: folders and URL prefixes that adapters may be loaded from while the server runs.
+    adapter_dir:   a folder whose sub-folders are the adapters that are wanted.
+    state_dir:     keeps what was loaded while the server ran.
+    """
+
+    adapters: tuple[AdapterSource, ...] = ()
+    base_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    key_file: Path | None = None
+    allow_sources: tuple[str, ...] = ()
+    adapter_dir: Path | None = None
+    state_dir: Path | None = None

@@ -15,8 +15,11 @@ from hydraserve.config import (
     DEFAULT_MAX_RANK,
     DEFAULT_SHUTDOWN_TIMEOUT,
     DEFAULT_SLOTS,
+    DEFAULT_SOURCES,
     AdapterSource,
     ServeConfig,
+    ServerSettings,
+    take_secret,
 )
 from hydraserve.errors import ConfigError, PortInUseError
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from hydraserve.adapters.sizing import SlotPlan
 
 HELP = "serve a base model and its adapters over an OpenAI-compatible API (the default command)"
+WORKER_EXTENSION = "hydraserve.engine.worker.HydraWorkerExtension"
 PASSES_THROUGH = True  # flags that are not ours go to vLLM
 
 VLLM_HELP = """\
@@ -68,6 +72,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="also wrap these linear layers, for adapters loaded later (default: those the adapters use, else all)",
     )
+    parser.add_argument(
+        "--adapter-dir", type=Path, metavar="DIR", help="serve each sub-folder; what appears or vanishes there follows"
+    )
+    parser.add_argument(
+        "--state-dir", type=Path, metavar="DIR", help="keep adapters loaded at run time over a restart, in DIR"
+    )
+    parser.add_argument(
+        "--allow-source",
+        action="append",
+        default=[],
+        metavar="PATH|URL",
+        help="adapters may be loaded from below here at run time, repeatable (default: the current folder, hf://, s3://)",
+    )
+    parser.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        help="key for changing adapters at run time; better given as HYDRASERVE_ADMIN_API_KEY",
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys (hashed) with the adapters, limits and role of each"
+    )
     parser.add_argument("--host", default="", help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--vllm-help", action="store_true", help="list vLLM's own flags and exit")
@@ -95,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_slots(config, summaries, shapes, 4 if flag_value(passthrough, "--dtype") == "float32" else 2)
     check_fits(model, plan.slots * plan.slot_bytes)
     print_summary(config, model, summaries, plan)
-    launch.run(launch.parse(engine_arguments(config, model, plan, passthrough)))
+    parsed = launch.parse(engine_arguments(config, model, plan, passthrough))
+    parsed.hydraserve = server_settings(args, config, shapes, parsed)
+    launch.run(parsed)
     return 0
 
 
@@ -132,7 +159,38 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         host=args.host,
         port=args.port,
         debug=args.debug,
+        key_file=args.api_key_file.resolve() if args.api_key_file else None,
+        allow_sources=tuple(args.allow_source) or DEFAULT_SOURCES,
+        adapter_dir=args.adapter_dir.resolve() if args.adapter_dir else None,
+        state_dir=args.state_dir.resolve() if args.state_dir else None,
     )
+
+
+def server_settings(
+    args: argparse.Namespace, config: ServeConfig, shapes: Mapping[str, tuple[int, int]], parsed: argparse.Namespace
+) -> ServerSettings:
+    """What our part of the server needs; takes the keys for inference from vLLM's arguments, as ours checks them.
+
+    Raises ConfigError for a key file that cannot be used.
+    """
+    from hydraserve.server.keys import KeyRing
+
+    given = list(parsed.api_key or [])
+    parsed.api_key = None
+    from_environment = take_secret("VLLM_API_KEY")
+    admin_from_environment = take_secret("HYDRASERVE_ADMIN_API_KEY")
+    settings = ServerSettings(
+        adapters=config.adapters,
+        base_shapes=shapes,
+        api_keys=tuple(given or filter(None, [from_environment])),
+        admin_key=args.admin_api_key or admin_from_environment,
+        key_file=config.key_file,
+        allow_sources=config.allow_sources,
+        adapter_dir=config.adapter_dir,
+        state_dir=config.state_dir,
+    )
+    KeyRing(settings.api_keys, settings.admin_key, settings.key_file)
+    return settings
 
 
 def adapter_source(text: str) -> AdapterSource:
@@ -162,6 +220,13 @@ def refuse_unsupported(passthrough: Sequence[str]) -> None:
             got="given",
             expected="not given: it cuts A by rank, and the router's rows with it",
             fix="leave it out; B's rows and row-parallel A's columns are sharded anyway",
+        )
+    if any(argument.partition("=")[0] in ("--lora-modules", "--lora_modules") for argument in passthrough):
+        raise ConfigError(
+            what="--lora-modules",
+            got="given",
+            expected="--adapter, which checks, sizes and keeps track of adapters",
+            fix="--adapter NAME=PATH for each of them",
         )
     if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
         raise ConfigError(
@@ -202,8 +267,9 @@ def engine_arguments(config: ServeConfig, model: str, plan: SlotPlan, passthroug
         "--max-cpu-loras": [str(plan.max_adapters)],
         "--max-lora-rank": [str(legal_max_rank(plan.max_rank))],
         "--lora-target-modules": list(plan.targets),
-        "--lora-modules": [json.dumps({"name": s.name, "path": str(s.path)}) for s in config.adapters],
         "--additional-config": [json.dumps(EngineOptions(plan.capacity).to_config())],
+        "--worker-extension-cls": [WORKER_EXTENSION],
+        "--api-server-count": ["1"],  # one process keeps the registry of adapters
         "--shutdown-timeout": [str(DEFAULT_SHUTDOWN_TIMEOUT)],
     }
     given = {argument.partition("=")[0].replace("_", "-") for argument in passthrough if argument.startswith("--")}

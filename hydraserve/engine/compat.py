@@ -7,6 +7,7 @@ with an error that names both versions.
 from __future__ import annotations
 
 import importlib
+from functools import cached_property, partial, partialmethod, wraps
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,9 @@ def apply() -> None:
     _use_our_punica_wrapper()
     _compile_with_adapters_on_cpu()
     _end_engine_processes_quietly()
+    _admit_requests_through_hooks()
+    _wait_before_names_are_looked_up()
+    _evict_blocks_by_adapter()
     _applied = True
 
 
@@ -126,6 +130,26 @@ def _compile_with_adapters_on_cpu() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def _make_pipeline_buffers_on_cpu() -> None:
+    """Cause: a later pipeline rank makes the buffers for what the rank before it sends in its profiling run, which the
+    CPU runner leaves out when the model is not compiled; the first request then fails an assertion.
+
+    Remove when: `--pipeline-parallel-size 2 --enforce-eager` serves on the CPU without this.
+    """
+    runner = _symbol(importlib.import_module("vllm.v1.worker.cpu_model_runner"), "CPUModelRunner")
+    original = _symbol(runner, "warming_up_model")
+    get_pp_group = _symbol(importlib.import_module("vllm.distributed.parallel_state"), "get_pp_group")
+
+    def warming_up_model(self: Any) -> None:
+        original(self)
+        if self.intermediate_tensors is None and not get_pp_group().is_first_rank:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+
+    runner.warming_up_model = warming_up_model
+
+
 def _end_engine_processes_quietly() -> None:
     """Cause: an engine process that fails logs its error and then raises it, so that multiprocessing prints a second
     traceback of pages, which nothing can turn off.
@@ -150,3 +174,80 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
     except Exception as e:  # logged by vLLM already
         raise SystemExit(1) from e
+
+
+def _admit_requests_through_hooks() -> None:
+    """Cause: the engine loads a request's adapter inside its loop, and nothing says which requests use which adapter.
+    The server has to hold a request back until its adapter is in host memory, and an adapter until its requests end.
+
+    Remove when: AsyncLLM has hooks around a request, and loads adapters beside its loop.
+    """
+    from hydraserve.engine.client import EngineAdapters, generate
+
+    engine = _symbol(importlib.import_module("vllm.v1.engine.async_llm"), "AsyncLLM")
+    if hasattr(engine, "hydra_adapters"):
+        return
+    engine.hydra_adapters = cached_property(EngineAdapters)
+    engine.hydra_adapters.__set_name__(engine, "hydra_adapters")
+    for name in ("generate", "encode"):
+        setattr(engine, name, partialmethod(partial(generate, _symbol(engine, name))))
+
+
+def _wait_before_names_are_looked_up() -> None:
+    """Cause: `_check_model` refuses a name that is not in `lora_requests` at that moment, although the adapter may be
+    registered and only have to be read first; and it may answer with an error that only the server knows.
+
+    Remove when: vLLM awaits a resolver without VLLM_ALLOW_RUNTIME_LORA_UPDATING, and passes its errors on.
+    """
+    for module, name in (
+        ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
+        ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
+    ):
+        owner = _symbol(importlib.import_module(module), name)
+        owner._check_model = _ready_first(_symbol(owner, "_check_model"))
+
+
+def _ready_first(check_model: Any) -> Any:
+    @wraps(check_model)
+    async def check(self: Any, request: Any) -> Any:
+        adapters = getattr(getattr(self.models, "engine_client", None), "hydra_adapters", None)
+        if adapters is not None and adapters.hooks is not None and request.model:
+            await adapters.hooks.ready(request.model)
+        return await check_model(self, request)
+
+    return check
+
+
+def _evict_blocks_by_adapter() -> None:
+    """Cause: KV blocks in the prefix cache cannot be told apart by adapter, and only all of them can be dropped, when
+    nothing runs.
+
+    Remove when: vLLM evicts an adapter's blocks when it is removed.
+    """
+    from hydraserve.engine.blocks import counts, evict, note_owner
+
+    pool = _symbol(importlib.import_module("vllm.v1.core.block_pool"), "BlockPool")
+    core = _symbol(importlib.import_module("vllm.v1.engine.core"), "EngineCore")
+    cache_full_blocks = _symbol(pool, "cache_full_blocks")
+
+    @wraps(cache_full_blocks)
+    def cache_and_note(
+        self: Any,
+        request: Any,
+        blocks: list[Any],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        cache_full_blocks(self, request, blocks, num_cached_blocks, num_full_blocks, *args, **kwargs)
+        note_owner(self, request, blocks, num_cached_blocks, num_full_blocks)
+
+    def hydra_evict_blocks(self: Any, adapter: str) -> int:
+        return evict(self.scheduler.kv_cache_manager.block_pool, adapter)
+
+    def hydra_count_blocks(self: Any) -> tuple[int, int, int]:
+        return counts(self.scheduler.kv_cache_manager.block_pool)
+
+    pool.cache_full_blocks = cache_and_note
+    core.hydra_evict_blocks, core.hydra_count_blocks = hydra_evict_blocks, hydra_count_blocks

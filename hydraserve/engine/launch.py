@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hydraserve.engine import compat
 from hydraserve.engine.logs import first_line, shorten_errors
-from hydraserve.errors import EngineError
+from hydraserve.errors import EngineError, HydraServeError
 
 
 def parse(arguments: list[str]) -> Namespace:
@@ -40,6 +40,8 @@ def run(args: Namespace) -> None:
     shorten_errors()
     try:
         ServeSubcommand.cmd(args)
+    except HydraServeError:  # ours already: an adapter that cannot be served, a state folder in use
+        raise
     except Exception as e:
         raise EngineError(
             what="vLLM",

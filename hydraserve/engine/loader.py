@@ -15,11 +15,12 @@ from hydraserve.errors import BaseMismatchError
 
 
 class HydraLoRAModel(LoRAModel):
-    """One adapter in host memory: module name -> ModuleWeights."""
+    """One adapter in host memory: module name -> ModuleWeights. nbytes: of the weights in the engine's dtype."""
 
     def __init__(self, lora_model_id: int, adapter: HydraAdapter, modules: dict[str, HydraWeights]) -> None:
         super().__init__(lora_model_id, adapter.rank, {})
-        self.adapter = adapter
+        self.source = adapter.source
+        self.nbytes = sum(weights.nbytes for weights in modules.values())
         self.loras: dict[str, Any] = {name: ModuleWeights([weights]) for name, weights in modules.items()}
 
 

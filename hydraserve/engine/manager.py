@@ -12,13 +12,17 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.requirements import check_capacity
+from hydraserve.adapters.store import is_stored, read_stored
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import HydraLinear, ModuleWeights, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
 from hydraserve.engine.options import EngineOptions
-from hydraserve.errors import AdapterNotFoundError, BaseMismatchError, LimitError
+from hydraserve.engine.worker import AdapterLoader
+from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError
 
 
 class HydraLoRAModelManager(LRUCacheLoRAModelManager):
@@ -42,19 +46,60 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
                 packed = [weights for part in parts for weights in (part.parts if part else [None])]
                 lora_model.loras[name] = ModuleWeights(packed)
 
+    @property
+    def adaptable(self) -> set[str]:
+        """Paths of the layers that an adapter may have weights for; merged ones by their parts' names too."""
+        return set(self.modules) | {child for children in self.packed_modules.values() for child in children}
+
     def check(self, lora_model: HydraLoRAModel) -> None:
         """Raises BaseMismatchError when a module of the adapter is no adaptable layer of this model."""
-        known = set(self.modules) | {child for children in self.packed_modules.values() for child in children}
+        known = self.adaptable
         # Under pipeline parallelism a rank has only some of the layers: compare names without layer numbers.
         generic = {_without_numbers(name) for name in known}
         unknown = sorted(n for n in lora_model.loras if n not in known and _without_numbers(n) not in generic)
         if unknown:
             raise BaseMismatchError(
-                what=f"adapter {lora_model.adapter.source}",
+                what=f"adapter {lora_model.source}",
                 got=f"weights for {unknown[0]}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""),
                 expected=f"modules that this server wraps: {', '.join(sorted({n.split('.')[-1] for n in known}))}",
                 fix="start the server with this adapter or with --target-modules, so that these modules are wrapped",
             )
+
+    def pack(self, lora_model: HydraLoRAModel) -> None:
+        """Bring the adapter's modules into the form that `add_adapter` takes. Reads only what never changes, so it
+        may run in any thread."""
+        self._create_merged_loras_inplace(lora_model)
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """As vLLM's, but the slot is emptied as well: on the CPU it holds memory of the adapter's size."""
+        slot = self.lora_index_to_id.index(adapter_id) if adapter_id in self.lora_index_to_id else None
+        removed = super().remove_adapter(adapter_id)
+        if slot is not None:
+            for module in self.modules.values():
+                module.reset_lora(slot)
+        return removed
+
+    def holds(self, adapter_id: int) -> bool:
+        """Whether the adapter is in host memory."""
+        return adapter_id in self._registered_adapters
+
+    def in_slot(self, adapter_id: int) -> bool:
+        return adapter_id in self._active_adapters
+
+    def touch(self, adapter_id: int) -> None:
+        """Count the adapter as used now."""
+        self._registered_adapters.touch(adapter_id)
+
+    def unpin_adapter(self, adapter_id: int) -> None:
+        """Undo `pin_adapter`."""
+        for cache in (self._registered_adapters, self._active_adapters):
+            if adapter_id in cache.pinned_items:
+                cache._unpin(adapter_id)
+
+    @property
+    def pinned(self) -> set[int]:
+        """Ids of the adapters that keep their slot."""
+        return set(self._active_adapters.pinned_items)
 
 
 def _without_numbers(name: str) -> str:
@@ -62,7 +107,12 @@ def _without_numbers(name: str) -> str:
 
 
 class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
-    """Loads adapters through `hydraserve.adapters`, whatever their format."""
+    """Loads adapters through `hydraserve.adapters`, whatever their format.
+
+    Under `hydraserve serve` the server decides what is in host memory: `loader` prepares an adapter in another
+    thread, `keep` puts it here, and a request is only let in while its adapter is here. Where nobody does that
+    (vLLM's own LLM class), an adapter is loaded when the first step needs it, as in vLLM.
+    """
 
     _manager_cls = HydraLoRAModelManager
     _adapter_manager: HydraLoRAModelManager
@@ -70,33 +120,104 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: dict[str, str]) -> None:
         super().__init__(vllm_config, device, embedding_modules, lora_model_cls=HydraLoRAModel)
         self.options = EngineOptions.from_vllm_config(vllm_config)
+        self.loader = AdapterLoader(self)
+        self._unloaded: set[int] = set()
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         with slot_capacity(self.options.capacity):
             return super().create_lora_manager(model, vllm_config)
 
+    def sizes(self) -> dict[str, Any]:
+        """Fields of `EngineSizes`, as plain data."""
+        capacity = self.options.capacity
+        return {
+            "slots": self._adapter_manager.lora_slots,
+            "host_adapters": self._adapter_manager.capacity,
+            "capacity": [capacity.rows, capacity.k, capacity.heads],
+            "targets": sorted({name.rpartition(".")[2] for name in self._adapter_manager.adaptable}),
+        }
+
+    def prepare(self, adapter_id: int, path: str, digest: str) -> HydraLoRAModel:
+        """A stored adapter, ready for `keep`. May run in any thread.
+
+        Raises AdapterError's subclasses.
+        """
+        lora = self._to_model(read_stored(path, digest), adapter_id)
+        self._adapter_manager.pack(lora)
+        return lora
+
+    def keep(self, lora: HydraLoRAModel) -> None:
+        """Hold an adapter in host memory. The server makes room first; should there be none, the oldest one goes."""
+        manager = self._adapter_manager
+        if not manager.holds(lora.id):
+            if len(manager) + 1 > manager.capacity:
+                manager.remove_oldest_adapter()
+            manager.add_adapter(lora)
+
+    def unload(self, adapter_id: int) -> None:
+        """Empty the adapter's slot and free its host memory. Its id is never used again."""
+        self._unloaded.add(adapter_id)
+        self._adapter_manager.remove_adapter(adapter_id)
+        self.loader.release_memory()
+
+    def pin(self, adapter_id: int, pinned: bool) -> None:
+        """Put an adapter that is in host memory into a slot for good, or let it go.
+
+        Raises AdapterConflictError when that would leave no slot for others.
+        """
+        manager = self._adapter_manager
+        if not pinned:
+            manager.unpin_adapter(adapter_id)
+            return
+        if len(manager.pinned | {adapter_id}) >= manager.lora_slots:
+            raise AdapterConflictError(
+                what="pinned adapters",
+                got=f"{len(manager.pinned)} of {manager.lora_slots} slots taken by them",
+                expected="at least one slot for the others",
+                fix="unpin an adapter, or start the server with more --slots",
+            )
+        with gpu_sync_allowed():
+            manager.pin_adapter(adapter_id)
+
+    def residency(self) -> dict[str, Any]:
+        """host: [(id, bytes)], slots: [id or None]."""
+        held = self._adapter_manager.list_adapters()
+        host = [(key, lora.nbytes) for key, lora in held.items() if isinstance(lora, HydraLoRAModel)]
+        return {"host": host, "slots": list(self._adapter_manager.lora_index_to_id)}
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """As vLLM's, but adapters of the batch that are in a slot already are never evicted for one that is not."""
+        manager = self._adapter_manager
+        # A request whose adapter was unloaded has been aborted; its last step may still be under way.
+        wanted = {r.lora_int_id: r for r in lora_requests if r and r.lora_int_id not in self._unloaded}
+        if len(wanted) > manager.lora_slots:
+            raise RuntimeError(f"got {len(wanted)} adapters in one batch, expected at most {manager.lora_slots}")
+        for request in sorted(wanted.values(), key=lambda r: not manager.in_slot(r.lora_int_id)):
+            self.add_adapter(request)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        manager = self._adapter_manager
+        if lora_request.load_inplace or not manager.holds(lora_request.lora_int_id):
+            return super().add_adapter(lora_request)
+        with gpu_sync_allowed():
+            manager.touch(lora_request.lora_int_id)
+            manager.activate_adapter(lora_request.lora_int_id)
+        return True
+
     def _load_adapter(self, lora_request: LoRARequest) -> HydraLoRAModel:
-        path = get_adapter_absolute_path(lora_request.lora_path)
+        path = lora_request.lora_path
         try:
-            adapter = load_adapter(path)
+            adapter = read_stored(path) if is_stored(path) else load_adapter(get_adapter_absolute_path(path))
         except AdapterNotFoundError as e:
-            raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path) from e
-        self._check_capacity(adapter)
+            raise LoRAAdapterNotFoundError(lora_request.lora_name, path) from e
+        return self._to_model(adapter, lora_request.lora_int_id)
+
+    def _to_model(self, adapter: HydraAdapter, adapter_id: int) -> HydraLoRAModel:
+        """Raises LimitError or BaseMismatchError when this model cannot take the adapter."""
+        check_capacity(adapter, self.options.capacity)
         mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
         if mapper is not None:
             mapper = mapper.get_rename_mapper()
-        lora = to_lora_model(adapter, lora_request.lora_int_id, self.lora_config.lora_dtype, mapper)
+        lora = to_lora_model(adapter, adapter_id, self.lora_config.lora_dtype, mapper)
         self._adapter_manager.check(lora)
         return lora
-
-    def _check_capacity(self, adapter: HydraAdapter) -> None:
-        for name, weights in adapter.modules.items():
-            try:
-                self.options.capacity.check(weights)
-            except ValueError as e:
-                raise LimitError(
-                    what=f"adapter {adapter.source}, module {name}",
-                    got=f"rank {weights.layout.rank}, {weights.layout.heads} heads",
-                    expected=str(e),
-                    fix="start the server with larger --max-rank and --max-heads",
-                ) from e

@@ -1,0 +1,118 @@
+"""Reading adapters in a process of their own.
+
+Files that somebody else wrote are parsed here and nowhere else: not beside the HTTP server, whose streams they would
+hold up, and not in the process that runs the model. A file that crashes or hangs its reader costs that reader, which
+is started again for the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.requirements import Requirements
+from hydraserve.adapters.store import AdapterStore, StoredAdapter
+from hydraserve.errors import AdapterError, UnreadableFileError
+
+# Reading 16 GiB from a slow network disk takes minutes; anything longer hangs.
+READ_TIMEOUT_S = 1800.0
+_PR_SET_PDEATHSIG = 1
+# Lower than the server and the engine, which share the machine's cores with the reader.
+_NICENESS = 10
+
+
+def ingest(folder: Path, store: Path, requirements: Requirements) -> StoredAdapter:
+    """Read an adapter, check that it can be served, and put its content into the store.
+
+    Raises AdapterError's subclasses.
+    """
+    adapter = load_adapter(folder, limits=requirements.limits)
+    try:
+        requirements.check(adapter)
+    except AdapterError as error:
+        error.where = error.where or f"adapter {folder}"
+        raise
+    return AdapterStore(store).add(adapter)
+
+
+class Ingester:
+    """`ingest` in a reader process, one adapter at a time. Thread-safe; `read` blocks."""
+
+    def __init__(self, store: AdapterStore, requirements: Requirements, timeout_s: float = READ_TIMEOUT_S) -> None:
+        self._store, self._requirements, self._timeout_s = store, requirements, timeout_s
+        self._lock = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def read(self, folder: Path) -> StoredAdapter:
+        """Raises AdapterError's subclasses; UnreadableFileError also when the reader crashed or did not finish."""
+        with self._lock:
+            try:
+                return (
+                    self._reader().submit(_read, folder, self._store.root, self._requirements).result(self._timeout_s)
+                )
+            except BrokenProcessPool as error:
+                self._stop()
+                raise _killed(folder, "it crashed the process that reads adapters") from error
+            except TimeoutError as error:
+                self._stop()
+                raise _killed(folder, f"reading it took more than {self._timeout_s:.0f} s") from error
+
+    def start(self) -> None:
+        """Start the reader now, so that the first adapter does not wait for it."""
+        with self._lock:
+            self._reader().submit(os.getpid)
+
+    def close(self) -> None:
+        """End the reader."""
+        with self._lock:
+            self._stop()
+
+    def _reader(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # the server has threads, and the engine's libraries loaded
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_reader)
+        return self._pool
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+            self._pool = None
+
+
+def _prepare_reader() -> None:
+    import torch
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the server, however that ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    os.nice(_NICENESS)
+    torch.set_num_threads(1)
+
+
+def _read(folder: Path, store: Path, requirements: Requirements) -> StoredAdapter:
+    try:
+        return ingest(folder, store, requirements)
+    finally:
+        release_memory()
+
+
+def release_memory() -> None:
+    """Give what was freed back to the operating system; the allocator would keep it for the next adapter."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _killed(folder: Path, got: str) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"adapter {folder}", got=got, expected="files that can be read", fix="check the files; they may be damaged"
+    )

@@ -1,0 +1,55 @@
+"""What an adapter must be to be served by one server: its base model, its slots, its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hydra_kernels import SlotCapacity
+
+from hydraserve.adapters.limits import DEFAULT_LIMITS, AdapterLimits
+from hydraserve.adapters.validate import check_base
+from hydraserve.adapters.weights import HydraAdapter
+from hydraserve.errors import BaseMismatchError, LimitError
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """
+    base_shapes: module path -> (in_features, out_features) of the base model's linear layers.
+    capacity:    the largest adapter that a slot takes.
+    targets:     last components of the paths of the modules that the engine wraps.
+    limits:      how large an adapter's files may be.
+    """
+
+    base_shapes: Mapping[str, tuple[int, int]]
+    capacity: SlotCapacity
+    targets: tuple[str, ...]
+    limits: AdapterLimits = DEFAULT_LIMITS
+
+    def check(self, adapter: HydraAdapter) -> None:
+        """Raises BaseMismatchError or LimitError when `adapter` cannot be served."""
+        check_base(adapter, self.base_shapes)
+        unwrapped = sorted(set(adapter.targets) - set(self.targets))
+        if unwrapped:
+            raise BaseMismatchError(
+                "modules",
+                got=f"weights for {', '.join(unwrapped)}",
+                expected=f"only modules that this server wraps: {', '.join(self.targets)}",
+                fix="start the server with this adapter, or with --target-modules that include its modules",
+            )
+        check_capacity(adapter, self.capacity)
+
+
+def check_capacity(adapter: HydraAdapter, capacity: SlotCapacity) -> None:
+    """Raises LimitError when a module of the adapter does not fit a slot."""
+    for name, weights in adapter.modules.items():
+        try:
+            capacity.check(weights)
+        except ValueError as error:
+            raise LimitError(
+                f"module {name}",
+                got=f"rank {weights.layout.rank}, {weights.layout.heads} heads",
+                expected=str(error),
+                fix="start the server with larger --max-rank and --max-heads",
+            ) from error

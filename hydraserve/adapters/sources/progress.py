@@ -1,0 +1,13 @@
+"""How far a download is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Bytes that have come, and that will come; 0 while that is not known. Written by one thread, read by any."""
+
+    done: int = 0
+    total: int = 0

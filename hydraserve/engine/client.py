@@ -1,0 +1,162 @@
+"""The engine's adapters, seen from the server's process: `AdapterRuntime` over vLLM's AsyncLLM."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from typing import Any
+
+from hydra_kernels import SlotCapacity
+from vllm.lora.request import LoRARequest
+from vllm.utils.counter import AtomicCounter
+
+from hydraserve import errors
+from hydraserve.adapters.runtime import EngineSizes, RequestHooks, Residency
+from hydraserve.errors import EngineError, HydraServeError
+
+# Seconds between two questions whether a load has ended: short at first, as most take a few milliseconds.
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.05
+
+
+class EngineAdapters:
+    """See `AdapterRuntime`. `engine`: vLLM's AsyncLLM, whose workers have `HydraWorkerExtension`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._ids = AtomicCounter(0)
+        self._loads: dict[int, _Load] = {}
+        self._poller: asyncio.Task[None] | None = None
+        self.hooks: RequestHooks | None = None
+
+    async def sizes(self) -> EngineSizes:
+        first = (await self._call("hydra_sizes"))[0]
+        capacity = SlotCapacity(*first["capacity"])
+        return EngineSizes(first["slots"], first["host_adapters"], capacity, tuple(first["targets"]))
+
+    def new_id(self) -> int:
+        return int(self._ids.inc(1))
+
+    def request(self, adapter: str, adapter_id: int, path: str) -> LoRARequest:
+        return LoRARequest(lora_name=adapter, lora_int_id=adapter_id, lora_path=path)
+
+    def publish(self, models: Any, requests: Any, name_of: Callable[[str], str]) -> None:
+        base_name = models.model_name
+
+        def model_name(lora_request: LoRARequest | None = None) -> str:
+            return base_name() if lora_request is None else name_of(lora_request.lora_name)
+
+        models.lora_requests, models.model_name = requests, model_name
+
+    async def load(self, adapter_id: int, path: str, digest: str) -> None:
+        await self._call("hydra_start_load", adapter_id, path, digest)
+        load = self._loads[adapter_id] = _Load(asyncio.get_running_loop().create_future())
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+        error = await load.done
+        if error is not None:
+            await self._call("hydra_unload", adapter_id)  # where other ranks have it
+            raise error
+
+    async def unload(self, adapter_id: int) -> None:
+        await self._call("hydra_unload", adapter_id)
+
+    async def pin(self, adapter_id: int, pinned: bool) -> None:
+        await self._call("hydra_pin", adapter_id, pinned)
+
+    async def evict_blocks(self, adapter: str) -> int:
+        return sum(await self._engine.engine_core.call_utility_all_async("hydra_evict_blocks", adapter))
+
+    async def residency(self) -> Residency:
+        workers = await self._call("hydra_residency")
+        pools = await self._engine.engine_core.call_utility_all_async("hydra_count_blocks")
+        host: dict[int, int] = {}
+        for worker in workers:
+            for adapter_id, nbytes in worker["host"]:
+                host[adapter_id] = max(nbytes, host.get(adapter_id, 0))
+        blocks, free, cached = (sum(counts) for counts in zip(*pools, strict=True))
+        return Residency(
+            host=host,
+            slots=tuple(workers[0]["slots"]),
+            blocks=blocks,
+            free_blocks=free,
+            cached_blocks=cached,
+            process_bytes=max(worker["process_bytes"] for worker in workers),
+        )
+
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        await self._engine.abort(list(request_ids))
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """The answers of all workers of all engines."""
+        core = self._engine.engine_core
+        try:
+            engines = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        except Exception as e:
+            raise EngineError(what=f"call of {method}", got=str(e), expected="an answer of the engine") from e
+        return [answer for workers in engines for answer in workers]
+
+    async def _poll(self) -> None:
+        pause = _FIRST_POLL_S
+        while self._loads:
+            try:
+                answers = await self._call("hydra_finish_loads")
+            except HydraServeError as e:
+                for load in self._loads.values():
+                    load.finish(e)
+                self._loads.clear()
+                return
+            for finished in answers:
+                for adapter_id, error in finished:
+                    if adapter_id in self._loads:
+                        self._loads[adapter_id].count(error)
+            for adapter_id in [i for i, load in self._loads.items() if load.answers == len(answers)]:
+                load = self._loads.pop(adapter_id)
+                load.finish(load.error)
+                pause = _FIRST_POLL_S
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_POLL_S)
+
+
+class _Load:
+    """One load under way, in all workers. done: its error, or None."""
+
+    def __init__(self, done: asyncio.Future[HydraServeError | None]) -> None:
+        self.done, self.answers = done, 0
+        self.error: HydraServeError | None = None
+
+    def count(self, error: list[str | None] | None) -> None:
+        """One worker has ended."""
+        self.answers += 1
+        if error is not None and self.error is None:
+            name, *arguments = error
+            kind: type[HydraServeError] = getattr(errors, str(name), EngineError)
+            self.error = kind(str(arguments[0]), *arguments[1:])
+
+    def finish(self, error: HydraServeError | None) -> None:
+        if not self.done.done():  # it is, when who waited was cancelled
+            self.done.set_result(error)
+
+
+async def generate(
+    original: Callable[..., AsyncGenerator[Any, None]],
+    engine: Any,
+    prompt: Any,
+    params: Any,
+    request_id: str,
+    lora_request: LoRARequest | None = None,
+    **kwargs: Any,
+) -> AsyncGenerator[Any, None]:
+    """`original` (AsyncLLM.generate or .encode) with the server's hooks around it."""
+    hooks: RequestHooks | None = engine.hydra_adapters.hooks
+    salt = hooks.cache_salt() if hooks is not None else None
+    if salt is not None and isinstance(prompt, dict):
+        prompt = {**prompt, "cache_salt": f"{salt}:{prompt.get('cache_salt') or ''}"}
+    admission: AbstractAsyncContextManager[None] = nullcontext()
+    if hooks is not None and lora_request is not None:
+        admission = hooks.admit(lora_request.lora_int_id, lora_request.lora_name, request_id)
+    async with admission:
+        outputs = original(engine, prompt, params, request_id, lora_request=lora_request, **kwargs)
+        async with aclosing(outputs):  # a client that goes away: abort first, and only then leave the admission
+            async for output in outputs:
+                yield output

@@ -1,0 +1,113 @@
+"""What can be called in each worker process through `collective_rpc`, and the thread that loads adapters there.
+
+vLLM mixes `HydraWorkerExtension` into its worker class (`--worker-extension-cls`). Calls run in the thread that
+runs the model, between two steps, so each of them must be short.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hydraserve.adapters.ingest import release_memory
+from hydraserve.errors import EngineError, HydraServeError
+
+if TYPE_CHECKING:
+    from hydraserve.engine.loader import HydraLoRAModel
+    from hydraserve.engine.manager import HydraWorkerLoRAManager
+
+# The loading thread yields to the model's own threads where they share cores.
+_NICENESS = 10
+
+
+class AdapterLoader:
+    """Loads adapters in one background thread of low priority, for `HydraWorkerLoRAManager`."""
+
+    def __init__(self, manager: HydraWorkerLoRAManager) -> None:
+        self._manager = manager
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=_prepare_thread)
+        self._pending: dict[int, Future[HydraLoRAModel]] = {}
+
+    def start(self, adapter_id: int, path: str, digest: str) -> None:
+        """Begin to load; nothing happens when that has begun."""
+        if adapter_id not in self._pending:
+            self._pending[adapter_id] = self._thread.submit(self._manager.prepare, adapter_id, path, digest)
+
+    def finished(self) -> list[tuple[int, HydraLoRAModel | HydraServeError]]:
+        """(id, adapter or why there is none) of each load that has ended since the last call."""
+        ended = [adapter_id for adapter_id, future in self._pending.items() if future.done()]
+        return [(adapter_id, _outcome(self._pending.pop(adapter_id))) for adapter_id in ended]
+
+    def release_memory(self) -> None:
+        """Give freed memory back to the operating system, when nothing else is to be done."""
+        self._thread.submit(release_memory)
+
+
+def _outcome(future: Future[HydraLoRAModel]) -> HydraLoRAModel | HydraServeError:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, HydraServeError):
+        return error
+    return EngineError("loading an adapter", got=f"{type(error).__name__}: {error}", expected="no error")
+
+
+def _prepare_thread() -> None:
+    """Linux knows niceness and affinity for each thread. vLLM binds the model's threads to cores; this one, which
+    would inherit one core, may run on any."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)
+    os.sched_setaffinity(thread, range(os.cpu_count() or 1))
+    torch.set_num_threads(1)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class HydraWorkerExtension:
+    """Mixed into vLLM's worker; every name here must be new there."""
+
+    model_runner: Any
+
+    @property
+    def hydra_adapters(self) -> HydraWorkerLoRAManager:
+        manager: HydraWorkerLoRAManager = self.model_runner.lora_manager
+        return manager
+
+    def hydra_sizes(self) -> dict[str, Any]:
+        """See `EngineSizes`."""
+        return self.hydra_adapters.sizes()
+
+    def hydra_start_load(self, adapter_id: int, path: str, digest: str) -> None:
+        """Begin to load a stored adapter; `hydra_finish_loads` says when it is there."""
+        self.hydra_adapters.loader.start(adapter_id, path, digest)
+
+    def hydra_finish_loads(self) -> list[tuple[int, list[str | None] | None]]:
+        """(id, None or the error's name and arguments) of each load that has ended; those without error are then
+        in host memory."""
+        return [(adapter_id, self._finish(outcome)) for adapter_id, outcome in self.hydra_adapters.loader.finished()]
+
+    def _finish(self, outcome: HydraLoRAModel | HydraServeError) -> list[str | None] | None:
+        if isinstance(outcome, HydraServeError):
+            return [type(outcome).__name__, *outcome.__reduce__()[1]]
+        self.hydra_adapters.keep(outcome)
+        return None
+
+    def hydra_unload(self, adapter_id: int) -> None:
+        """Empty the adapter's slot and free its host memory."""
+        self.hydra_adapters.unload(adapter_id)
+
+    def hydra_pin(self, adapter_id: int, pinned: bool) -> None:
+        """Put an adapter in host memory into a slot for good, or let it go."""
+        self.hydra_adapters.pin(adapter_id, pinned)
+
+    def hydra_residency(self) -> dict[str, Any]:
+        """host: [(id, bytes)], slots: [id or None], process_bytes: resident memory of this process."""
+        return {**self.hydra_adapters.residency(), "process_bytes": resident_bytes()}

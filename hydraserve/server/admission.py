@@ -1,0 +1,49 @@
+"""Requests on their way into the engine: wait for a turn, then for the adapter to be in host memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from hydraserve.server.served import current_scope, may_see
+
+if TYPE_CHECKING:
+    from hydraserve.server.service import AdapterService
+
+
+class Admission:
+    """`RequestHooks` of the engine."""
+
+    def __init__(self, service: AdapterService) -> None:
+        self._service = service
+
+    async def ready(self, model: str) -> None:
+        """Have the adapter read, if this is the name of one that was not, so that its name can be looked up."""
+        if may_see(model):
+            await self._service.ready(model)
+
+    def admit(self, adapter_id: int, adapter: str, request_id: str) -> AbstractAsyncContextManager[None]:
+        return self._admit(adapter, request_id)
+
+    @asynccontextmanager
+    async def _admit(self, label: str, request_id: str) -> AsyncIterator[None]:
+        service = self._service
+        served = service.labelled(label)
+        digest = served.stored.digest
+        with served.run(request_id):
+            await service.turnstile.enter(digest, on_wait=service.prefetch_next)
+            try:
+                served.refuse_if_removed()
+                async with service.cache.hold(served.stored):
+                    yield
+            finally:
+                service.turnstile.leave(digest)
+                service.prefetch_next()
+
+    def cache_salt(self) -> str | None:
+        scope = current_scope.get()
+        if scope is None or not scope.principal.isolated:
+            return None
+        return hashlib.sha256(scope.principal.name.encode()).hexdigest()

@@ -1,0 +1,102 @@
+"""Which adapters have series of their own: the busiest, because every label value costs memory for as long as
+Prometheus keeps data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+BASE, OTHER = "base", "other"
+DEFAULT_SIZE = 20
+
+# An adapter's activity is forgotten by half in this time.
+HALF_LIFE_S = 600.0
+# An adapter takes another one's place when it is this much busier, so that two of equal traffic do not take turns.
+MUCH_BUSIER = 2.0
+# Series that are given up stay visible when several processes share the metrics (prometheus_client cannot remove
+# them there). So many names may then come up in all.
+SHARED_NAMES_PER_PLACE = 4
+
+
+@dataclass
+class _Adapter:
+    """activity: requests, each forgotten by half in HALF_LIFE_S; as of `seen`. users: who will use the label again."""
+
+    activity: float = 0.0
+    seen: float = 0.0
+    users: int = 0
+
+
+class AdapterLabels:
+    """Values of the label `adapter`, at most `size` at a time, besides "base" and "other".
+
+    retire: called with a label value whose series are to be removed.
+    removable: whether `retire` can remove series.
+
+    An adapter that is called like one of ours gets an underscore behind its name.
+    """
+
+    def __init__(
+        self,
+        size: int = DEFAULT_SIZE,
+        retire: Callable[[str], None] = lambda _: None,
+        removable: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._size, self._retire, self._clock = size, retire, clock
+        self._names_left = math.inf if removable else SHARED_NAMES_PER_PLACE * size
+        self._adapters: dict[str, _Adapter] = {}
+        self._named: set[str] = set()
+
+    def enter(self, adapter: str | None) -> str:
+        """The label for a request of `adapter` (None: base model), valid until `leave`."""
+        if adapter is None:
+            return BASE
+        known = self._adapters.setdefault(adapter, _Adapter())
+        now = self._clock()
+        known.activity, known.seen = self._activity(known, now) + 1, now
+        if adapter not in self._named:
+            self._make_room(known.activity, now)
+            if len(self._named) < self._size and self._names_left > 0:
+                self._named.add(adapter)
+                self._names_left -= 1
+        if adapter not in self._named:
+            return OTHER
+        known.users += 1
+        return _escaped(adapter)
+
+    def leave(self, adapter: str | None, label: str) -> None:
+        """The request of `adapter` that got `label` has ended."""
+        if adapter is not None and label != OTHER:
+            self._adapters[adapter].users -= 1
+
+    def find(self, adapter: str) -> str:
+        """The label of an adapter as things are, without counting it as used."""
+        return _escaped(adapter) if adapter in self._named else OTHER
+
+    def _make_room(self, activity: float, now: float) -> None:
+        """Give up the quietest adapter's label when `activity` is much more than its own."""
+        if len(self._named) < self._size or self._names_left <= 0:
+            return
+        idle = [name for name in self._named if self._adapters[name].users == 0]
+        if not idle:
+            return
+        quietest = min(idle, key=lambda name: self._activity(self._adapters[name], now))
+        if activity > MUCH_BUSIER * self._activity(self._adapters[quietest], now):
+            self._named.remove(quietest)
+            self._retire(_escaped(quietest))
+            self._forget_the_quiet(now)
+
+    def _forget_the_quiet(self, now: float) -> None:
+        """Drop what is known of adapters that nobody has used for a long time."""
+        for name in [n for n, a in self._adapters.items() if n not in self._named and self._activity(a, now) < 0.01]:
+            del self._adapters[name]
+
+    def _activity(self, adapter: _Adapter, now: float) -> float:
+        return float(adapter.activity * 0.5 ** ((now - adapter.seen) / HALF_LIFE_S))
+
+
+def _escaped(adapter: str) -> str:
+    return f"{adapter}_" if adapter in (BASE, OTHER) else adapter

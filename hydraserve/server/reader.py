@@ -1,0 +1,90 @@
+"""From a source to a stored adapter: fetch, read, check, copy. All of it beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydraserve.adapters.ingest import Ingester
+from hydraserve.adapters.sources import Progress, SourcePolicy, fetch
+from hydraserve.adapters.store import AdapterStore, StoredAdapter
+from hydraserve.errors import AdapterConflictError, HydraServeError
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter that was read, and how long that took."""
+
+    stored: StoredAdapter
+    seconds: float
+
+
+class AdapterReader:
+    """Brings adapters into the store, and takes them out when nothing needs them any more.
+
+    scratch: a folder for downloads.
+    in_use:  whether content of this digest is served; set by whoever serves it.
+    """
+
+    def __init__(self, store: AdapterStore, ingester: Ingester, policy: SourcePolicy, scratch: Path) -> None:
+        self.policy = policy
+        self.in_use: Callable[[str], bool] = set[str]().__contains__  # nothing is
+        self._store, self._ingester, self._scratch = store, ingester, scratch
+        self._lock = asyncio.Lock()  # content must not be taken out between being found there and being counted here
+        self._reading: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def read(
+        self, source: str, progress: Progress, *, trusted: bool = False, digest: str | None = None
+    ) -> AsyncIterator[Read]:
+        """The adapter at `source`, in the store for as long as the context lasts, and longer if it is then in use.
+
+        trusted: a path that the operator gave when the server was started; it may be anywhere.
+        digest:  what the content has to be; AdapterConflictError when it is not.
+
+        Raises HydraServeError's subclasses, their `where` naming the source.
+        """
+        started = time.monotonic()
+        stored = await self._fetch_and_read(source, progress, trusted)
+        try:
+            if digest is not None and stored.digest != digest.lower():
+                raise AdapterConflictError(
+                    what="content",
+                    got=f"digest {stored.digest}",
+                    expected=f"digest {digest}",
+                    where=f"adapter {source}",
+                )
+            yield Read(stored, time.monotonic() - started)
+        finally:
+            self._reading[stored.digest] -= 1
+            await self.collect(stored.digest)
+
+    async def collect(self, digest: str) -> None:
+        """Take content out of the store, unless something needs it."""
+        async with self._lock:
+            self._reading += Counter()  # drops what has come to zero
+            if not self._reading[digest] and not self.in_use(digest):
+                await asyncio.to_thread(self._store.remove, digest)
+
+    async def _fetch_and_read(self, source: str, progress: Progress, trusted: bool) -> StoredAdapter:
+        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch))
+        try:
+            folder = Path(source) if trusted else await asyncio.to_thread(fetch, source, self.policy, scratch, progress)
+            async with self._lock:
+                stored = await asyncio.to_thread(self._ingester.read, folder)
+                self._reading[stored.digest] += 1
+            return stored
+        except HydraServeError as error:
+            # A folder of ours means nothing to whoever asked for the source.
+            if error.where is None or str(scratch) in error.where:
+                error.where = f"adapter {source}"
+            raise
+        finally:
+            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)

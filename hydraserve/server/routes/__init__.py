@@ -1,0 +1,1 @@
+"""Our HTTP routes, beside vLLM's."""

@@ -1,0 +1,360 @@
+"""The life of an adapter: registered, read, served, replaced, pinned, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Coroutine
+from typing import Any
+from weakref import WeakValueDictionary
+
+from hydraserve.adapters.registry import AdapterEntry, Origin, Registry, check_name
+from hydraserve.adapters.runtime import AdapterRuntime, Residency
+from hydraserve.adapters.sources import Progress, without_secrets
+from hydraserve.adapters.store import StoredAdapter
+from hydraserve.errors import AdapterConflictError, HydraServeError, UnknownAdapterError
+from hydraserve.server.host_cache import HostCache
+from hydraserve.server.reader import AdapterReader, Read
+from hydraserve.server.served import ServedAdapter, label_of
+from hydraserve.server.turnstile import Turnstile
+
+logger = logging.getLogger("hydraserve.server")
+
+# Requests for an adapter that could not be read get the same error for so long, without another attempt.
+_RETRY_S = 5.0
+
+
+class AdapterService:
+    """What the HTTP routes and the directory watcher call. For one event loop.
+
+    current: name -> what new requests for it are served with. Held by vLLM's handlers too (`VisibleAdapters`).
+    taken:   names of the base model, which no adapter may have.
+    """
+
+    def __init__(
+        self,
+        runtime: AdapterRuntime,
+        registry: Registry,
+        reader: AdapterReader,
+        cache: HostCache,
+        slots: int,
+        taken: Collection[str] = (),
+    ) -> None:
+        self.runtime, self.registry, self.cache = runtime, registry, cache
+        self.turnstile = Turnstile(slots)
+        self.current: dict[str, ServedAdapter] = {}
+        self.progress: dict[str, Progress] = {}
+        reader.in_use = self._in_use
+        self._reader, self._slots, self._taken = reader, slots, frozenset(taken)
+        self._labelled: dict[str, ServedAdapter] = {}  # also those that are on their way out
+        self._contents: dict[str, StoredAdapter] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def restore(self) -> None:
+        """Serve what the registry remembers of an earlier run, without reading it."""
+        for entry in self.registry:
+            if entry.version is not None:
+                self._serve(entry, entry.version)
+        for entry in self.registry:
+            if entry.pinned:
+                try:
+                    await self._pin(entry)
+                except HydraServeError as error:
+                    entry.pinned = False
+                    logger.error("adapter %s is not pinned any more: %s", entry.name, error)
+
+    async def add(
+        self,
+        name: str,
+        source: str,
+        *,
+        pin: bool = False,
+        digest: str | None = None,
+        origin: Origin = Origin.API,
+    ) -> tuple[AdapterEntry, bool]:
+        """Register, read and serve an adapter; (entry, whether it is new). Adding the same again changes nothing.
+
+        Raises AdapterConflictError when the name stands for another source; what reading raises. Nothing is left
+        behind then.
+        """
+        check_name(name)
+        self._refuse_taken(name)
+        async with self._lock(name):
+            entry = self.registry.find(name)
+            if entry is not None:
+                self._refuse_other_source(entry, source)
+                if pin:
+                    await self._set_pinned(entry, True)
+                return entry, False
+            entry = AdapterEntry(name, source, origin)
+            self.registry.put(entry)
+            try:
+                await self._read(entry, source, digest)
+                if pin:
+                    await self._set_pinned(entry, True)
+            except BaseException:
+                if (served := self._forget(entry)) is not None:
+                    self.spawn(self._retire(served))
+                raise
+            return entry, True
+
+    async def claim(self, name: str, source: str, origin: Origin) -> None:
+        """`add`, also when an earlier run left something else under the name."""
+        self.registry.remove(name)
+        await self.add(name, source, origin=origin)
+
+    def register(self, name: str, source: str, origin: Origin) -> None:
+        """Take an adapter on that is read when the first request asks for it. Raises as `add` for its name."""
+        check_name(name)
+        self._refuse_taken(name)
+        if self.registry.find(name) is not None:
+            raise AdapterConflictError(what="adapter", got=f"{name!r}, which is registered", expected="a new name")
+        self.registry.put(AdapterEntry(name, source, origin))
+
+    async def replace(
+        self, name: str, source: str | None = None, *, pin: bool | None = None, digest: str | None = None
+    ) -> tuple[AdapterEntry, bool]:
+        """Read an adapter again, or from another source, and serve new requests with that; (entry, whether new).
+
+        Requests that are running end with the old content. When reading fails, the old one goes on.
+        """
+        check_name(name)
+        self._refuse_taken(name)
+        if self.registry.find(name) is None:
+            if source is None:
+                raise self._unknown(name)
+            return await self.add(name, source, pin=bool(pin), digest=digest)
+        async with self._lock(name):
+            entry = self.registry.get(name)
+            await self._read(entry, source or entry.source, digest)
+            if pin is not None:
+                await self._set_pinned(entry, pin)
+            return entry, False
+
+    async def remove(self, name: str, *, force: bool = False, wait: bool = True) -> None:
+        """Stop serving an adapter, and free all it took once its requests have ended.
+
+        force: end them now; their clients get what was generated so far.
+        wait:  return only then.
+
+        Raises UnknownAdapterError.
+        """
+        async with self._lock(name):
+            entry = self.registry.get(name)
+            if entry.pinned:
+                await self._set_pinned(entry, False)
+            served = self._forget(entry)
+        if served is None:
+            return
+        if force:
+            served.removed = True
+            await self.runtime.abort(served.request_ids)
+        retiring = self.spawn(self._retire(served))
+        if wait:
+            await asyncio.shield(retiring)
+
+    async def pin(self, name: str, pinned: bool) -> AdapterEntry:
+        """Keep an adapter in host memory and in a slot, or no longer. Raises AdapterConflictError."""
+        async with self._lock(name):
+            entry = self.registry.get(name)
+            await self._set_pinned(entry, pinned)
+            return entry
+
+    async def prefetch(self, name: str) -> AdapterEntry:
+        """Bring an adapter into host memory, as far as there is a place."""
+        entry = self.registry.get(name)
+        stored = await self._read_if_needed(entry)
+        await self.cache.prefetch(stored)
+        return entry
+
+    async def ready(self, name: str) -> None:
+        """Before a request looks `name` up: read the adapter if that was never done, and load it if that is quick.
+
+        Raises what makes the adapter unusable. Does nothing for names that are no adapter's.
+        """
+        entry = self.registry.find(name)
+        if entry is None:
+            return
+        stored = await self._read_if_needed(entry)
+        # Otherwise the request waits for its turn first.
+        if not self.cache.ready(stored.digest) and self.turnstile.has_place:
+            await self.cache.prefetch(stored)
+
+    def labelled(self, label: str) -> ServedAdapter:
+        """What the engine calls by this label. Raises UnknownAdapterError."""
+        served = self._labelled.get(label)
+        if served is None:
+            raise self._unknown(label)
+        return served
+
+    def prefetch_next(self) -> None:
+        """Begin to load the adapters whose turn comes next, where the host memory has places beyond the slots."""
+        for digest in self.turnstile.next(max(0, self.cache.capacity - self._slots)):
+            if not self.cache.ready(digest) and not self.cache.loading(digest):
+                self.spawn(self._prefetch_quietly(self._contents[digest]))
+
+    async def residency(self) -> Residency:
+        """What the engine holds now."""
+        return await self.runtime.residency()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something beside the requests."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("work beside the requests failed: %s", task.exception())
+
+    async def close(self) -> None:
+        """End what runs beside the requests."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _read_if_needed(self, entry: AdapterEntry) -> StoredAdapter:
+        if entry.version is None:
+            async with self._lock(entry.name):
+                if self.registry.find(entry.name) is not entry:
+                    raise self._unknown(entry.name)
+                if entry.version is None:
+                    if entry.failure is not None and time.monotonic() - entry.failed_at < _RETRY_S:
+                        raise entry.failure
+                    await self._read(entry, entry.source)
+        assert entry.version is not None
+        return entry.version
+
+    async def _read(self, entry: AdapterEntry, source: str, digest: str | None = None) -> None:
+        """Read an entry's content, and let new requests use that. What they used before ends with its requests."""
+        progress = self.progress[entry.name] = Progress()
+        trusted = entry.origin is Origin.COMMAND_LINE
+        old = self.current.get(entry.name)
+        try:
+            async with self._reader.read(source, progress, trusted=trusted, digest=digest) as read:
+                # A replacement is to be as quick as what it replaces; a new adapter must not push out one that is used.
+                await self.cache.prefetch(read.stored, evict=old is not None)
+                await self._install(entry, read, source)
+        except HydraServeError as error:
+            entry.failure, entry.failed_at = error, time.monotonic()
+            raise
+        finally:
+            del self.progress[entry.name]
+        if old is not None and old is not self.current.get(entry.name):
+            self.spawn(self._retire(old))
+
+    async def _install(self, entry: AdapterEntry, read: Read, source: str) -> None:
+        pinned = entry.pinned
+        if pinned:
+            await self._set_pinned(entry, False)
+        entry.source, entry.version, entry.failure = source, read.stored, None
+        entry.load_seconds, entry.read_at = read.seconds, time.time()
+        self.registry.put(entry)
+        self._serve(entry, read.stored)
+        logger.info("adapter %s: version %s from %s", entry.name, read.stored.digest, without_secrets(source))
+        if pinned:
+            await self._set_pinned(entry, True)
+
+    def _serve(self, entry: AdapterEntry, stored: StoredAdapter) -> None:
+        """Let new requests for the name use this content. If it is still on its way out, it stays."""
+        label = label_of(entry.name, stored.digest)
+        served = self._labelled.get(label)
+        if served is None:
+            adapter_id = self.cache.adapter_id(stored.digest)
+            request = self.runtime.request(label, adapter_id, stored.path)
+            served = self._labelled[label] = ServedAdapter(entry.name, stored, adapter_id, request)
+        served.removed = False
+        self._contents[stored.digest] = stored
+        self.current[entry.name] = served
+        served.notify()
+
+    def _forget(self, entry: AdapterEntry) -> ServedAdapter | None:
+        """Take the name away; what it stood for, to be retired."""
+        self.registry.remove(entry.name)
+        return self.current.pop(entry.name, None)
+
+    async def _retire(self, served: ServedAdapter) -> None:
+        """Wait until nothing uses it, then free its slot, its host memory, its KV blocks and its copy on disk."""
+        while served.in_use and self.current.get(served.name) is not served:
+            await served.changed()
+        if self.current.get(served.name) is served or self._labelled.get(served.label) is not served:
+            return
+        del self._labelled[served.label]
+        await self.runtime.evict_blocks(served.label)
+        if not self._in_use(served.stored.digest):
+            del self._contents[served.stored.digest]
+            await self.cache.drop(served.stored.digest)
+            await self._reader.collect(served.stored.digest)
+
+    def _in_use(self, digest: str) -> bool:
+        return self.registry.uses(digest) or any(s.stored.digest == digest for s in self._labelled.values())
+
+    async def _set_pinned(self, entry: AdapterEntry, pinned: bool) -> None:
+        if pinned and not entry.pinned:
+            await self._pin(entry)
+        entry.pinned = pinned
+        self.registry.put(entry)
+        if not pinned and entry.version is not None:
+            if entry.version.digest not in self._pinned():
+                await self.cache.unpin(entry.version.digest)
+            self._share_slots()
+
+    async def _pin(self, entry: AdapterEntry) -> None:
+        if entry.version is None:
+            await self._read(entry, entry.source)
+        assert entry.version is not None
+        pinned = self._pinned()
+        if entry.version.digest not in pinned and len(pinned) + 1 >= self._slots:
+            raise AdapterConflictError(
+                what="pinned adapters",
+                got=f"{len(pinned)} of {self._slots} slots taken by them",
+                expected="at least one slot for the others",
+                fix="unpin an adapter, or start the server with more --slots",
+            )
+        self._share_slots(entry.version.digest)
+        try:
+            await self.cache.pin(entry.version)
+        except BaseException:
+            self._share_slots()
+            raise
+
+    def _pinned(self) -> set[str]:
+        return {entry.version.digest for entry in self.registry if entry.pinned and entry.version is not None}
+
+    def _share_slots(self, *more: str) -> None:
+        """Pinned adapters have slots of their own; the others take turns on what is left."""
+        pinned = self._pinned() | set(more)
+        self.turnstile.set_slots(self._slots - len(pinned), pinned)
+
+    async def _prefetch_quietly(self, stored: StoredAdapter) -> None:
+        """What fails here fails again for the request that needs it, and is told there."""
+        try:
+            await self.cache.prefetch(stored)
+        except HydraServeError as error:
+            logger.warning("%s", error)
+
+    def _refuse_taken(self, name: str) -> None:
+        if name in self._taken:
+            raise AdapterConflictError(
+                what="name", got=f"{name!r}, the base model's", expected="another name", fix="choose another name"
+            )
+
+    def _refuse_other_source(self, entry: AdapterEntry, source: str) -> None:
+        if entry.source != source:
+            raise AdapterConflictError(
+                what="adapter",
+                got=f"{entry.name!r}, which is served from {entry.source}",
+                expected="a name that is free",
+                fix="choose another name, or replace the adapter (PUT)",
+            )
+
+    def _unknown(self, name: str) -> UnknownAdapterError:
+        return UnknownAdapterError(what="adapter", got=repr(name), expected="a name that is served")
