@@ -2,102 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import hydra_kernels as hk
 import pytest
 import torch
-from hydra_kernels import reference, testing
-from hydra_kernels.ops import build, cpu
-
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
-DTYPES = list(testing.TOLERANCE)
+from cpu_cases import DTYPES, HYDRA, LAYOUTS, Case, isa, make_case, one_thread  # noqa: F401  fixtures
+from hydra_kernels import testing
 
 pytestmark = pytest.mark.usefixtures("isa", "one_thread")
-
-HYDRA = hk.Layout(8, 4, has_router=True)
-LAYOUTS = [
-    HYDRA,
-    hk.Layout(3, 1),
-    hk.Layout(16, 3, has_router=True, has_bias=True),
-    hk.Layout(4, 8, shared_a=False, top_k=2, has_router=True),
-    hk.Layout(5, 3, top_k=1, renormalize=False, has_router=True),
-    hk.Layout(2, 3),
-    hk.Layout(1, 16, has_router=True, top_k=3, has_bias=True),
-]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test on one instruction set."""
-    assert build.load().isa is not None, build.load().reason
-    try:
-        torch.ops.hydra_kernels.cpu_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    torch.ops.hydra_kernels.cpu_isa("")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small work on a busy machine is quickest on one thread; threads are varied where they are the subject."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@dataclass
-class Case:
-    """A layer with loaded slots, and a step's input."""
-
-    slots: cpu.PackedSlots
-    held: list[list[hk.HydraWeights | None] | None]
-    meta: hk.StepMetadata
-    ids: list[int]
-    x: torch.Tensor
-    y: torch.Tensor
-
-    def expected(self) -> torch.Tensor:
-        return reference.linear(self.y, self.x, self.ids, self.held, self.slots.out_slices, torch.float64)
-
-    def run(self) -> torch.Tensor:
-        y = self.y.clone()
-        hk.linear_(y, self.x, self.slots, self.meta)
-        return y
-
-
-def make_case(
-    layouts: Sequence[hk.Layout | None],
-    ids: Sequence[int],
-    n_in: int = 50,
-    out: Sequence[int] = (40, 24, 24),
-    dtype: torch.dtype = torch.float32,
-    skip: bool = True,
-) -> Case:
-    """A slot for each layout (None: empty), each with one slice that it does not adapt when `skip`."""
-    known = [layout for layout in layouts if layout is not None]
-    slots = cpu.PackedSlots(len(layouts), n_in, out, testing.capacity_for(known), dtype)
-    held: list[list[hk.HydraWeights | None] | None] = []
-    for i, layout in enumerate(layouts):
-        if layout is None:
-            held.append(None)
-            continue
-        parts = [testing.random_weights(n_in, o, layout, dtype, 10 * i + j) for j, o in enumerate(out)]
-        held.append([None if skip and len(out) > 1 and j == i % (len(out) + 1) else p for j, p in enumerate(parts)])
-        slots.load(i, held[-1])
-    meta = hk.StepMetadata(max(len(ids), 1), len(layouts))
-    meta.update(ids)
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(len(ids), n_in, generator=g).to(dtype)
-    y = torch.randn(len(ids), sum(out), generator=g).to(dtype)
-    return Case(slots, held, meta, list(ids), x, y)
 
 
 def check(case: Case) -> None:
     assert testing.max_error(case.run(), case.expected()) < testing.TOLERANCE[case.x.dtype]
+
+
+def change_router(case: Case, change: Callable[[torch.Tensor], object]) -> None:
+    """Loads slot 0 again with its router changed in place."""
+    weights = case.held[0] or []
+    for part in weights:
+        assert part is not None
+        assert part.router is not None
+        change(part.router)
+    case.slots.load(0, weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,7 +56,30 @@ def test_any_number_of_tokens_matches_reference(tokens: int) -> None:
         check(make_case([HYDRA], [0] * tokens, 96, (64, 32), dtype))
 
 
-def test_model_sized_layer_matches_reference() -> None:
-    """SmolLM2-135M's down projection: long sums, and work enough for every thread."""
-    check(make_case([HYDRA, HYDRA], [i % 2 for i in range(40)], 1536, (576,), torch.bfloat16))
-    check(make_case([HYDRA, HYDRA], [i % 2 for i in range(40)], 1536, (576,), torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_model_sized_layer_matches_reference(dtype: torch.dtype) -> None:
+    """SmolLM2-135M's down projection: long sums."""
+    check(make_case([HYDRA, HYDRA], [i % 2 for i in range(40)], 1536, (576,), dtype))
+
+
+def test_bfloat16_is_as_good_as_one_rounding_of_y() -> None:
+    """With y = 0 and weights of order one the error is that of rounding h and y, 2^-8 of their sizes."""
+    case = make_case([HYDRA], [0] * 64, 576, (192,), torch.bfloat16)
+    case.y.zero_()
+    expected = case.expected()
+    rms = (case.run().double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert rms < 2**-8
+
+
+def test_float32_gate_is_exact_for_large_logits() -> None:
+    """Logits of +-100: the softmax must neither overflow nor lose the smaller heads."""
+    case = make_case([hk.Layout(8, 16, has_router=True)], [0] * 9, 64, (48,))
+    change_router(case, lambda router: router.mul_(40))
+    check(case)
+
+
+def test_top_k_keeps_the_first_of_equal_heads() -> None:
+    """Without router rows all logits are 0: top-1 must be head 0 for every token, as in the reference."""
+    case = make_case([hk.Layout(4, 5, top_k=1, has_router=True)], [0] * 5, 32, (24,))
+    change_router(case, lambda router: router.zero_())
+    check(case)

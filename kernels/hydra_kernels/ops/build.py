@@ -8,7 +8,7 @@ version, the machine and the compiler. Environment, read when the library is fir
     HYDRA_KERNELS_NATIVE   0: do not use the native operator
     HYDRA_KERNELS_CACHE    the cache folder; default $XDG_CACHE_HOME/hydra_kernels or ~/.cache/hydra_kernels
     HYDRA_KERNELS_ISA      avx512bf16, avx512, avx2 or portable: use this instruction set, not the best one
-    CXX                    the compiler; default the first of g++, c++ and clang++
+    CXX                    the compiler; GCC; default the first of g++ and c++
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
-COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 # GCC takes the intrinsics' deliberately undefined registers for mistakes (GCC bug 105593).
 WARNINGS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -119,7 +119,7 @@ def find_compiler() -> str | None:
 
 def _build(compiler: str, target: Path) -> None:
     """Compiles every source on its own, as each has its instruction set, and links them to `target`."""
-    logger.warning("building the CPU kernels with %s into %s (once, about 20 s)", compiler, target.parent)
+    logger.warning("building the CPU kernels with %s into %s (once, under a minute)", compiler, target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]

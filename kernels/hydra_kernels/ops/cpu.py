@@ -138,14 +138,22 @@ class PackedSlots(LayerSlots):
         return self.table.nbytes + sum(blob.nbytes for blob in self._blobs if blob is not None)
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, meta: StepMetadata) -> None:
+        self._check(meta)
         self._linear(y, x, self.table, meta.host)
 
     def shrink(self, x: torch.Tensor, meta: StepMetadata) -> torch.Tensor:
+        self._check(meta)
         z: torch.Tensor = self._shrink(x, self.table, meta.host, self.capacity.rows)
         return z
 
     def expand_(self, y: torch.Tensor, z: torch.Tensor, meta: StepMetadata) -> None:
+        self._check(meta)
         self._expand(y, z, self.table, meta.host)
+
+    def _check(self, meta: StepMetadata) -> None:
+        """The op finds the parts of the metadata by the number of slots."""
+        if meta.max_slots != self.num_slots:
+            raise ValueError(f"step metadata: got {meta.max_slots} slots, expected {self.num_slots} as in the layer")
 
 
 def available(dtype: torch.dtype) -> bool:

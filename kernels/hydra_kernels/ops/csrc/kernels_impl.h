@@ -5,6 +5,7 @@
 // tokens or columns are computed beside it: results do not depend on neighbours nor on the number of threads.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "gate.h"
@@ -18,6 +19,16 @@ template <int N, class F>
 HYDRA_INLINE void unroll(F&& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(I), ...); }
   (std::make_integer_sequence<int, N>{});
+}
+
+// Calls f(NT, first) for tiles of NT tokens, NT a compile-time constant: kMost while there are so many, then 2, then 1.
+template <int kMost, class F>
+HYDRA_INLINE void for_each_tile(int64_t tokens, F&& f) {
+  int64_t t = 0;
+  for (; t + kMost <= tokens; t += kMost) f(std::integral_constant<int, kMost>{}, t);
+  if constexpr (kMost > 2)
+    for (; t + 2 <= tokens; t += 2) f(std::integral_constant<int, 2>{}, t);
+  for (; t < tokens; ++t) f(std::integral_constant<int, 1>{}, t);
 }
 
 // Four rows of [A; R] times NT tokens over all of `in`.
@@ -72,12 +83,8 @@ inline void shrink_tokens(const ShrinkArgs& args, int64_t first) {
 
 template <class D>
 void shrink(const ShrinkArgs& args) {
-  int64_t t = 0;
-  for (; t + D::kShrinkTokens <= args.tokens.count; t += D::kShrinkTokens)
-    shrink_tokens<D, D::kShrinkTokens>(args, t);
-  if constexpr (D::kShrinkTokens > 2)
-    for (; t + 2 <= args.tokens.count; t += 2) shrink_tokens<D, 2>(args, t);
-  for (; t < args.tokens.count; ++t) shrink_tokens<D, 1>(args, t);
+  for_each_tile<D::kShrinkTokens>(
+      args.tokens.count, [&](auto tile, int64_t first) { shrink_tokens<D, tile()>(args, first); });
 }
 
 // NC vectors of columns of NT tokens, from column `first` on; only the first `columns` columns exist in y.
@@ -149,12 +156,8 @@ void expand(const ExpandArgs& args) {
   const int64_t steps = (args.record->k() + D::kDepth - 1) / D::kDepth;
   const auto* h = gate<D>(args, steps);
   for (int64_t panel = args.begin; panel < args.end; ++panel) {
-    int64_t t = 0;
-    for (; t + D::kExpandTokens <= args.tokens.count; t += D::kExpandTokens)
-      expand_tokens<D, D::kExpandTokens>(args, h, steps, t, panel);
-    if constexpr (D::kExpandTokens > 2)
-      for (; t + 2 <= args.tokens.count; t += 2) expand_tokens<D, 2>(args, h, steps, t, panel);
-    for (; t < args.tokens.count; ++t) expand_tokens<D, 1>(args, h, steps, t, panel);
+    for_each_tile<D::kExpandTokens>(
+        args.tokens.count, [&](auto tile, int64_t first) { expand_tokens<D, tile()>(args, h, steps, first, panel); });
   }
 }
 

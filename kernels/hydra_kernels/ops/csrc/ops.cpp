@@ -9,11 +9,13 @@
 #include <memory>
 #include <string>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "schedule.h"
+
+// torch's OpenMP runtime is GCC's, or one that can stand in for it; code from Clang would ask for another.
+#if !defined(_OPENMP) || defined(__clang__)
+#error "the CPU kernels must be compiled by GCC with OpenMP"
+#endif
+#include <omp.h>
 
 namespace hydra {
 namespace {
@@ -181,23 +183,16 @@ int threads_for(int64_t cost) {
 // Runs f(thread, threads) on each of them.
 template <class F>
 void on_threads(int threads, F&& f) {
-#ifdef _OPENMP
-  if (threads > 1) {
+  if (threads == 1) return f(0, 1);
 #pragma omp parallel num_threads(threads)
-    f(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
-#endif
-  f(0, 1);
+  f(omp_get_thread_num(), omp_get_num_threads());
 }
 
 // Inside on_threads: waits until all threads are here.
 inline void barrier(int threads) {
-#ifdef _OPENMP
   if (threads > 1) {
 #pragma omp barrier
   }
-#endif
 }
 
 Call prepare(const at::Tensor& table, const at::Tensor& meta, Dtype dtype) {
