@@ -124,7 +124,7 @@ def test_refusals(settings: TrainSettings) -> None:
     with pytest.raises(ModelNotFoundError, match="base model: got '/no/such'"):
         run(replace(settings, model="/no/such"))
     settings.output.mkdir()
-    with pytest.raises(ModelNotFoundError, match="--model: got .*out: .*expected a transformers model"):
+    with pytest.raises(ModelNotFoundError, match=r"--model: got .*out: .*expected a transformers model"):
         run(replace(settings, model=str(settings.output)))
     long = settings.data[0].parent / "long.jsonl"
     long.write_text(json.dumps({"instruction": "a long question", "output": "x"}))
