@@ -29,6 +29,7 @@ def apply() -> None:
     _use_our_layers()
     _use_our_punica_wrapper()
     _compile_with_adapters_on_cpu()
+    _make_pipeline_buffers_on_cpu()
     _end_engine_processes_quietly()
     _admit_requests_through_hooks()
     _wait_before_names_are_looked_up()
@@ -137,17 +138,17 @@ def _make_pipeline_buffers_on_cpu() -> None:
     Remove when: `--pipeline-parallel-size 2 --enforce-eager` serves on the CPU without this.
     """
     runner = _symbol(importlib.import_module("vllm.v1.worker.cpu_model_runner"), "CPUModelRunner")
-    original = _symbol(runner, "warming_up_model")
+    original = _symbol(runner, "load_model")
     get_pp_group = _symbol(importlib.import_module("vllm.distributed.parallel_state"), "get_pp_group")
 
-    def warming_up_model(self: Any) -> None:
-        original(self)
+    def load_model(self: Any, load_dummy_weights: bool = False) -> None:
+        original(self, load_dummy_weights)
         if self.intermediate_tensors is None and not get_pp_group().is_first_rank:
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
             )
 
-    runner.warming_up_model = warming_up_model
+    runner.load_model = load_model
 
 
 def _end_engine_processes_quietly() -> None:
