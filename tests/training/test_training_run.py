@@ -100,6 +100,17 @@ def test_same_seed_same_adapter(settings: TrainSettings) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(settings: TrainSettings) -> None:
+    settings = replace(settings, max_steps=3, packing=True, eval_share=0.2, load_balance=0.1, accumulate=2)
+    plain, _ = run(settings)
+    checkpointed, _ = run(replace(settings, gradient_checkpointing=True, output=settings.output.parent / "again"))
+    assert checkpointed.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
+    assert checkpointed.eval_loss == pytest.approx(plain.eval_loss, rel=1e-4)
+    tensors = [load_file(s.output / "adapter_model.safetensors") for s in (plain, checkpointed)]
+    for name, expected in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_plain_lora_and_save_dtype(settings: TrainSettings) -> None:
     summary, _ = run(
         replace(settings, method="lora", max_steps=2, save_dtype="bfloat16", target_modules=("q_proj", "up_proj"))
