@@ -12,6 +12,7 @@ import torch
 
 from hydra_kernels.dispatch import make_slots
 from hydra_kernels.metadata import StepMetadata
+from hydra_kernels.probe import RoutingProbe
 from hydra_kernels.slots import LayerSlots, SlotCapacity
 from hydra_kernels.weights import HydraWeights, Layout
 
@@ -19,6 +20,7 @@ __all__ = [
     "HydraWeights",
     "LayerSlots",
     "Layout",
+    "RoutingProbe",
     "SlotCapacity",
     "StepMetadata",
     "expand_",

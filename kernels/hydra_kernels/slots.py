@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hydra_kernels.metadata import StepMetadata
+from hydra_kernels.probe import RoutingProbe
 from hydra_kernels.weights import LAYOUT_FIELDS, NO_ADAPTER, HydraWeights
 
 
@@ -55,6 +56,20 @@ class LayerSlots(ABC):
     ) -> None:
         self.num_slots, self.in_features, self.out_slices = num_slots, in_features, tuple(out_slices)
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
+        self.probe: RoutingProbe | None = None
+        self.first_router = 0
+
+    def probe_with(self, probe: RoutingProbe, first_router: int) -> None:
+        """From the next load on, record the routing weights of this layer: its slices are the probe's routers
+        `first_router` and the following ones.
+
+        Raises ValueError when the probe has no room for them.
+        """
+        room = (probe.sums.shape[0], probe.routers - first_router, probe.heads)
+        needed = (self.num_slots, len(self.out_slices), self.capacity.heads)
+        if first_router < 0 or any(has < needs for has, needs in zip(room, needed, strict=True)):
+            raise ValueError(f"routing probe: got room for {room} slots, routers, heads, expected at least {needed}")
+        self.probe, self.first_router = probe, first_router
 
     def load(self, slot: int, weights: Sequence[HydraWeights | None]) -> None:
         """Put an adapter into a slot, replacing what was there: one HydraWeights (or None) for each slice.

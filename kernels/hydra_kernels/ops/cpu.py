@@ -36,6 +36,8 @@ class TableField(IntEnum):
     OUT = 11
     START = 12
     DTYPE = 13
+    PROBE = 14
+    ROUTER = 15
 
 
 def pack_a(a: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,7 @@ def pack_b(b: torch.Tensor) -> torch.Tensor:
 class PackedSlots(LayerSlots):
     """Slots of any mix of sizes in main memory; needs the native library, see `build.load`.
 
-    table: [slots, slices, 14] int64, see `TableField`: the addresses of the packed weights and how to read them.
+    table: [slots, slices, 16] int64, see `TableField`: the addresses of the packed weights and how to read them.
            It keeps its own address for the life of the object; a slot's weights move when it is loaded again.
     """
 
@@ -102,13 +104,13 @@ class PackedSlots(LayerSlots):
         start, used = 0, 0
         for i, part in enumerate(weights):
             if part is not None:
-                records[i] = torch.tensor(self._record(part, addresses[used : used + 3], start))
+                records[i] = torch.tensor(self._record(part, addresses[used : used + 3], start, i))
                 used += 3
             start += self.out_slices[i]
         self._blobs[slot] = blob
         self.table[slot] = records
 
-    def _record(self, weights: HydraWeights, addresses: Sequence[int], start: int) -> list[int]:
+    def _record(self, weights: HydraWeights, addresses: Sequence[int], start: int, index: int) -> list[int]:
         layout = weights.layout
         a, b, bias = addresses
         record = {
@@ -126,6 +128,8 @@ class PackedSlots(LayerSlots):
             TableField.OUT: weights.out_features,
             TableField.START: start,
             TableField.DTYPE: DTYPES[self.dtype],
+            TableField.PROBE: 0 if self.probe is None else self.probe.control.data_ptr(),
+            TableField.ROUTER: self.first_router + index,
         }
         return [int(record[field]) for field in TableField]
 

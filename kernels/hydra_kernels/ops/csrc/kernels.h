@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "probe.h"
 #include "record.h"
 
 namespace hydra {
@@ -32,6 +33,8 @@ struct ExpandArgs {
   int64_t y_stride;
   int64_t begin, end;  // panels of kPanel columns
   float* scratch;      // 64-byte aligned, scratch_floats(record) long
+  const Probe* probe;  // nullptr: nothing is recorded
+  int64_t slot;
 };
 
 struct Kernels {
@@ -41,9 +44,10 @@ struct Kernels {
 
 HYDRA_INLINE int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Floats that expand needs: one token's routing weights and h, then h of every token of a group.
+// Floats that expand needs: one token's routing weights and h, then h of every token of a group, then the sums of
+// what is recorded, which are doubles.
 HYDRA_INLINE int64_t scratch_floats(const Record& r) {
-  return padded(r.heads) + (1 + kTokenGroup) * padded(r.k());
+  return padded(r.heads) + (1 + kTokenGroup) * padded(r.k()) + 2 * (r.heads + 1);
 }
 
 // The kernels of one instruction set, indexed by Dtype; nullptr where the compiler could not make them.

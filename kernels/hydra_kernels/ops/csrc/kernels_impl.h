@@ -141,13 +141,17 @@ inline const typename D::H* gate(const ExpandArgs& args, int64_t steps) {
   float* w = args.scratch;
   float* h = w + padded(r.heads);
   auto* packed = reinterpret_cast<typename D::H*>(h + padded(r.k()));
+  auto* sums = reinterpret_cast<double*>(h + (1 + kTokenGroup) * padded(r.k()));
+  Tally tally(args.probe, r, args.slot, sums);
   for (int64_t t = 0; t < args.tokens.count; ++t) {
     const float* z = args.z + args.tokens.ids[t] * args.z_stride;
     routing_weights(r, z + r.a_rows(), w, h);
+    tally.add(args.tokens.ids[t], w);
     mix(r, z, w, h);
     for (int64_t i = r.k(); i < steps * D::kDepth; ++i) h[i] = 0.0f;
     D::pack(packed + t * steps * D::kDepth, h, steps * D::kDepth);
   }
+  tally.store();
   return packed;
 }
 

@@ -167,8 +167,14 @@ struct Call {
         [&](const Record& r, int64_t slice, Tokens tokens, int64_t begin, int64_t end) {
           kernels.expand({&r, tokens, z.data + slice * z.slice_stride, z.token_stride,
                           static_cast<char*>(y) + r.start * y_itemsize, y_stride, begin, end,
-                          scratch(scratch_floats(r))});
+                          scratch(scratch_floats(r)), begin == 0 ? probe_of(r) : nullptr, table.slot_of(r)});
         });
+  }
+
+  // Where to record; the first panel's thread does it, as every thread of a group computes the gate.
+  static const Probe* probe_of(const Record& r) {
+    const auto* probe = reinterpret_cast<const Probe*>(r.probe);
+    return probe && r.has_router && probe->active() ? probe : nullptr;
   }
 };
 

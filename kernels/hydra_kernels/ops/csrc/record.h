@@ -28,12 +28,14 @@ struct Record {
   int64_t out;
   int64_t start;  // the slice's first column of y
   int64_t dtype;
+  int64_t probe;   // address of a Probe (probe.h); 0: nothing is ever recorded
+  int64_t router;  // number of this slice's router there
 
   HYDRA_INLINE int64_t a_rows() const { return shared_a ? rank : rank * heads; }
   HYDRA_INLINE int64_t z_rows() const { return a_rows() + (has_router ? heads : 0); }
   HYDRA_INLINE int64_t k() const { return rank * heads; }
 };
-static_assert(sizeof(Record) == 14 * sizeof(int64_t));
+static_assert(sizeof(Record) == 16 * sizeof(int64_t));
 
 // Units of the packed layouts, the same for every instruction set.
 constexpr int64_t kRowGroup = 4;     // rows of [A; R] that are stored interleaved

@@ -30,6 +30,7 @@ struct Table {
   int64_t slots, slices;
 
   const Record& at(int64_t slot, int64_t slice) const { return records[slot * slices + slice]; }
+  int64_t slot_of(const Record& r) const { return (&r - records) / slices; }
 };
 
 // Calls f(record, slice, tokens) for every adapted slice of every segment, tokens cut into groups.
