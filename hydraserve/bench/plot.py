@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydraserve.bench.table import load_label, title
+from hydraserve.bench.table import load_value, title
 from hydraserve.errors import ConfigError
 
 _METRICS = (("output_tokens_per_s", "output tokens / s"), ("tpot_ms.p50", "TPOT p50, ms"))
@@ -40,8 +40,7 @@ def against_load(result: Mapping[str, Any], metric: str) -> _Lines:
     lines: _Lines = defaultdict(list)
     for cell in result["cells"]:
         if metric in cell["over_repeats"]:
-            x = cell["load"]["concurrency"] if cell["load"]["concurrency"] is not None else cell["load"]["rate"]
-            lines[cell["label"]].append((x, cell["over_repeats"][metric]))
+            lines[cell["label"]].append((load_value(cell), cell["over_repeats"][metric]))
     return dict(lines)
 
 
@@ -51,21 +50,27 @@ def against_adapters(result: Mapping[str, Any], metric: str) -> _Lines:
     for cell in result["cells"]:
         if metric in cell["over_repeats"]:
             name = cell["label"].rpartition(", ")[0] if cell["adapters"] else cell["label"]
-            lines[f"{name}, {load_label(cell)}"].append((cell["adapters"], cell["over_repeats"][metric]))
+            load = "batch" if cell["load"]["rate"] is None else "requests/s"
+            lines[f"{name}, {load} {load_value(cell):g}"].append((cell["adapters"], cell["over_repeats"][metric]))
     return dict(lines)
 
 
 def _draw(axes: Any, lines: _Lines) -> None:
+    """Values of x stand evenly spaced: 1, 8 and 32 say more that way than to scale."""
+    places = {x: i for i, x in enumerate(sorted({x for points in lines.values() for x, _ in points}))}
     for label, points in lines.items():
-        x = [x for x, _ in points]
+        at = [places[x] for x, _ in points]
         middle = [spread["median"] for _, spread in points]
         low = [spread["median"] - spread["min"] for _, spread in points]
         high = [spread["max"] - spread["median"] for _, spread in points]
-        axes.errorbar(x, middle, yerr=[low, high], marker="o", capsize=3, label=label)
+        axes.errorbar(at, middle, yerr=[low, high], marker="o", capsize=3, label=label)
+    axes.set_xticks(list(places.values()), [f"{x:g}" for x in places])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.grid(alpha=0.3, which="both")
     if lines:
         axes.legend(fontsize=7)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
 
 
 def _figure_class(path: Path) -> Any:

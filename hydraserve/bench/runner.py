@@ -122,7 +122,7 @@ class Runner:
         if target.url is not None:
             facts["kv_cache_tokens"] = scrape(target.url).kv_tokens
         if target.leader is not None:
-            facts |= {"idle_memory_bytes": memory(target.leader).pss, "compilation": compilation_mode(log)}
+            facts |= {"idle_memory_bytes": memory(target.leader).pss, **engine_facts(log)}
         self.result.servers[spec.name] = facts
 
     def measure(self, cells: Sequence[CellRuns]) -> None:
@@ -175,10 +175,13 @@ def worthwhile(arm: Arm, load: Load) -> bool:
     return arm.adapters <= max(1, load.concurrency)
 
 
-def compilation_mode(log: Path) -> str | None:
-    """How vLLM says it compiles the model ("NONE", "DYNAMO_TRACE_ONCE", ...), from its log; None when it does not."""
-    found = re.search(r"CompilationMode\.(\w+)", log.read_text(errors="replace"))
-    return found[1] if found else None
+def engine_facts(log: Path) -> dict[str, str]:
+    """What vLLM's log says of how the model is compiled ("NONE", "DYNAMO_TRACE_ONCE", ...) and, on a CPU, of the cores
+    that its threads are bound to; nothing where it does not say."""
+    text = log.read_text(errors="replace")
+    patterns = {"compilation": r"'mode': <CompilationMode\.(\w+)", "engine_cores": r"core ids=\[([\d, ]+)\]"}
+    found = {name: re.search(pattern, text) for name, pattern in patterns.items()}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def _target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> AbstractContextManager[Target]:
@@ -222,6 +225,6 @@ def _without_paths(arguments: Sequence[str]) -> list[str]:
     """The arguments as published: of local paths only the last component."""
 
     def shorten(text: str) -> str:
-        return re.sub(r'(?<![\w.])(?:/[^/\s",=]+)+/([^/\s",=]+)', r"\1", text)
+        return re.sub(r'(?<![\w.:/])(?:/[^/\s",=]+)+/([^/\s",=]+)', r"\1", text)
 
     return [shorten(argument) for argument in arguments]

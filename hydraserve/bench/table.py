@@ -18,6 +18,8 @@ _COLUMNS = (
 # Above this share of the processor, neighbours move the numbers by more than what is measured.
 _NOISY = 0.05
 
+WIDTH = 140  # of what goes into a file; on a terminal, its own
+
 
 def show(result: Mapping[str, Any], file: IO[str] | None = None) -> None:
     """Print the table with what has to be known to read it."""
@@ -25,11 +27,13 @@ def show(result: Mapping[str, Any], file: IO[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=file or sys.stdout, highlight=False)
+    console = Console(file=file or sys.stdout, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = WIDTH
     table = Table(title=title(result), box=box.SIMPLE_HEAD)
     for i, heading in enumerate(headings(result)):
-        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i != 1)
-    for _, cells in groupby(result["cells"], load_label):
+        table.add_column(heading, justify="left" if i == 1 else "right")
+    for _, cells in groupby(result["cells"], load_value):
         for cell in cells:
             table.add_row(*row(result, cell))
         table.add_section()
@@ -41,7 +45,7 @@ def show(result: Mapping[str, Any], file: IO[str] | None = None) -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     """The same table and notes."""
     head = headings(result)
-    lines = [_bar(head), _bar(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    lines = [_bar(head), _bar(["---:", "---", *["---:"] * (len(head) - 2)])]
     lines += [_bar(row(result, cell)) for cell in result["cells"]]
     return "\n\n".join(["\n".join(lines), *notes(result)]) + "\n"
 
@@ -53,7 +57,8 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def headings(result: Mapping[str, Any]) -> list[str]:
-    names = ["load", "arm"]
+    open_loop = any(cell["load"]["rate"] is not None for cell in result["cells"])
+    names = ["requests/s" if open_loop else "batch", "arm"]
     for heading, metric, _, with_ratio in _shown(result):
         names.append(heading)
         if with_ratio and any(metric in cell["ratios"] for cell in result["cells"]):
@@ -62,8 +67,8 @@ def headings(result: Mapping[str, Any]) -> list[str]:
 
 
 def row(result: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
-    """One cell: medians over the repeats, with their range in brackets."""
-    cells = [load_label(cell), cell["label"]]
+    """One cell: medians over the repeats, with half their range."""
+    cells = [f"{load_value(cell):g}", cell["label"]]
     for _, metric, digits, with_ratio in _shown(result):
         cells.append(_spread(cell["over_repeats"].get(metric), digits))
         if with_ratio and any(metric in other["ratios"] for other in result["cells"]):
@@ -79,7 +84,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"PARTIAL: stopped by {result['stopped_by']} before all repeats were done.")
     repeats = {len(cell["runs"]) for cell in result["cells"]}
     lines.append(
-        f"Median [smallest..largest] of {_range(repeats)} repeats; ratios repeat by repeat. {_workload(result)} "
+        f"Medians of {_range(repeats)} repeats, ± half their range; ratios are taken repeat by repeat. "
+        f"{_workload(result)} "
         f"Engine flags of every server: {' '.join(result['engine_flags']) or 'none'}."
     )
     failed = sum(run["metrics"]["failed"] or 0 for cell in result["cells"] for run in cell["runs"])
@@ -92,9 +98,10 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def load_label(cell: Mapping[str, Any]) -> str:
+def load_value(cell: Mapping[str, Any]) -> float:
+    """The concurrency of a closed loop, the rate of an open one."""
     load = cell["load"]
-    return f"batch {load['concurrency']}" if load["concurrency"] is not None else f"{load['rate']:g} requests/s"
+    return float(load["rate"] if load["concurrency"] is None else load["concurrency"])
 
 
 def _shown(result: Mapping[str, Any]) -> list[tuple[str, str, int, bool]]:
@@ -105,8 +112,8 @@ def _shown(result: Mapping[str, Any]) -> list[tuple[str, str, int, bool]]:
 def _spread(value: Mapping[str, float] | None, digits: int) -> str:
     if value is None:
         return "-"
-    low, middle, high = (f"{value[key]:.{digits}f}" for key in ("min", "median", "max"))
-    return middle if low == high else f"{middle} [{low}..{high}]"
+    middle, half = value["median"], (value["max"] - value["min"]) / 2
+    return f"{middle:.{digits}f}" + (f" ±{half / middle:.0%}" if half and middle else "")
 
 
 def _workload(result: Mapping[str, Any]) -> str:

@@ -251,13 +251,15 @@ def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[
     """The engine flags of every server: the given ones, and what makes a measurement of their defaults."""
     from hydraserve.bench.capacity import kv_bytes_per_token
     from hydraserve.models import resolve_model
+    from hydraserve.models.shapes import skeleton
 
     given: list[str] = args.passthrough
     named = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
     batch = max((load.concurrency or 0 for load in loads), default=0) or 64
     tokens = -(-workload.longest // 128) * 128  # vLLM's largest default block
     dtype_bytes = 4 if "float32" in given else 2
-    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(resolve_model(args.model), dtype_bytes))
+    config = skeleton(resolve_model(args.model)).config
+    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(config, dtype_bytes))
     defaults = {
         "--max-num-seqs": [str(batch)],
         "--max-model-len": [str(tokens)],
@@ -284,13 +286,14 @@ def _about(
     args: argparse.Namespace, workload: Workload, settings: Settings, engine_flags: Sequence[str]
 ) -> dict[str, Any]:
     """The head of the result file."""
-    from hydraserve.bench.machine import provenance
+    from hydraserve.bench.machine import environment, provenance
 
     return {
         "provenance": provenance(),
         "model": args.model if not Path(args.model).is_dir() else Path(args.model).name,
         "engine_flags": list(engine_flags),
         "enforce_eager": "--enforce-eager" in engine_flags,
+        "environment": environment(),
         "openmp_preloaded": bool(settings.env) or "libiomp" in os.environ.get("LD_PRELOAD", ""),
         "client": "one process on the same machine; on a CPU it shares the cores with the server",
         "interleaved": settings.together,

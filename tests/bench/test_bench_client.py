@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import re
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
-from aiohttp import web
+from fake_server import FakeServer
 
 from hydraserve.bench.client import drive, parse_stream
 from hydraserve.bench.stats import run_metrics
@@ -22,80 +16,10 @@ FIRST_S, NEXT_S = 0.4, 0.05
 LATE_S = 0.3
 
 
-@dataclass
-class FakeServer:
-    """One token after FIRST_S, the others every NEXT_S; keeps what it was asked, when, and how much went on at once.
-
-    Model "two" streams two tokens at a time, "missing" is answered with 404, "breaks" breaks off after a token, and
-    "error" reports one inside the stream.
-    """
-
-    url: str = ""
-    bodies: list[dict[str, object]] = field(default_factory=list)
-    written: list[list[float]] = field(default_factory=list)
-    running: int = 0
-    most: int = 0
-
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
-        if body["model"] == "missing":
-            return web.json_response({"error": {"message": "no such model"}}, status=404)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        await self.stream(response, body)
-        self.running -= 1
-        return response
-
-    async def stream(self, response: web.StreamResponse, body: dict[str, object]) -> None:
-        step = 2 if body["model"] == "two" else 1
-        written: list[float] = []
-        self.written.append(written)
-        await response.write(b": ping\n\n")
-        for count in range(step, int(str(body["max_tokens"])) + 1, step):
-            await asyncio.sleep(NEXT_S if written else FIRST_S)
-            written.append(time.perf_counter())
-            usage = {"prompt_tokens": 3, "completion_tokens": count}
-            await send(response, {"choices": [{"text": "x"}], "usage": usage})
-            if body["model"] == "breaks":
-                return
-            if body["model"] == "error":
-                await send(response, {"error": {"message": "engine died"}})
-        await send(response, {"choices": [], "usage": usage})
-        await response.write(b"data: [DONE]\n\n")
-
-
-async def send(response: web.StreamResponse, chunk: dict[str, object]) -> None:
-    await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-
-
 @pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    server = FakeServer()
-    loop = asyncio.new_event_loop()
-    ready = threading.Event()
-
-    async def start() -> None:
-        app = web.Application()
-        app.router.add_post("/v1/completions", server.completions)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        ready.set()
-
-    def serve() -> None:
-        loop.run_until_complete(start())
-        loop.run_forever()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    assert ready.wait(30)
-    yield server
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(30)
+def fake(fake_server: FakeServer) -> FakeServer:
+    fake_server.first_s, fake_server.next_s = FIRST_S, NEXT_S
+    return fake_server
 
 
 def request(model: str = "one", tokens: int = 5, at: float = 0.0) -> Request:

@@ -1,0 +1,245 @@
+"""Cells, turns and results, with a fake server in the place of real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer
+
+from hydraserve.adapters.checkpoint import inspect_adapter
+from hydraserve.bench.arms import Arm, Comparison, Plan, ServerSpec, Shape, compare, running_server
+from hydraserve.bench.models import served_models
+from hydraserve.bench.result import Result
+from hydraserve.bench.runner import Progress, Runner, Settings, engine_facts, worthwhile
+from hydraserve.bench.workload import Lengths, Load, Workload
+from hydraserve.errors import EngineError
+
+WORKLOAD = Workload(1000, Lengths(4, 4), Lengths(3, 3))
+
+
+def runner(fake: FakeServer, folder: Path, *, repeats: int = 2, batches: tuple[int, ...] = (1, 2)) -> Runner:
+    comparison = running_server(fake.url, "base", ["one", "two"], [1, 2])
+    settings = Settings([Load(concurrency=batch) for batch in batches], folder, repeats=repeats, waves=3)
+    return Runner(comparison, WORKLOAD, settings, Result({}, comparison.baseline))
+
+
+def test_arms_take_turns_within_each_repeat(fake_server: FakeServer, tmp_path: Path) -> None:
+    measured = runner(fake_server, tmp_path)
+    measured.run()
+    cells = [(cell.load.concurrency, cell.arm.adapters) for cell in measured.result.cells]
+    assert cells == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)], "two adapters do not fit into a batch of one"
+    warmup, runs = 1 + 1 + 2 + 2 + 2, 3 + 3 + 6 + 6 + 6
+    bodies = fake_server.bodies
+    assert len(bodies) == warmup + 2 * runs
+    first, second = bodies[warmup : warmup + runs], bodies[warmup + runs :]
+    assert [body["model"] for body in first[:6]] == ["base"] * 3 + ["one"] * 3
+    assert sorted(str(body["model"]) for body in first[-6:]) == ["one"] * 3 + ["two"] * 3
+    assert [body["model"] for body in first] == [body["model"] for body in second]
+    assert [body["prompt"] for body in first[:3]] == [body["prompt"] for body in first[3:6]], (
+        "same prompts for each arm"
+    )
+    assert {tuple(body["prompt"]) for body in first}.isdisjoint(tuple(body["prompt"]) for body in second)  # type: ignore[arg-type]
+
+
+def test_a_result_has_every_run_and_what_they_come_to(fake_server: FakeServer, tmp_path: Path) -> None:
+    fake_server.next_s = 0.02
+    measured = runner(fake_server, tmp_path, batches=(2,))
+    measured.run()
+    result = json.loads(json.dumps(measured.result.to_json()))
+    assert result["complete"] is True
+    assert result["servers"]["running"]["kv_cache_tokens"] == 1600
+    base, one, both = result["cells"]
+    assert [len(cell["runs"]) for cell in result["cells"]] == [2, 2, 2]
+    for run in base["runs"]:
+        assert run["metrics"]["requests"] == 6
+        assert run["metrics"]["output_tokens"] == 18
+        assert run["counters"] == {"vllm:generation_tokens": 18}
+    values = [run["metrics"]["tpot_ms.p50"] for run in base["runs"]]
+    assert min(values) >= 20
+    assert base["over_repeats"]["tpot_ms.p50"]["min"] == min(values)
+    ratios = [run["metrics"]["tpot_ms.p50"] / value for run, value in zip(one["runs"], values, strict=True)]
+    assert one["ratios"]["tpot_ms.p50"]["max"] == pytest.approx(max(ratios))
+    assert base["ratios"] == {}
+    # "two" sends two tokens at a time and stops at the last even number
+    assert both["runs"][0]["metrics"]["output_tokens"] == 3 * 3 + 3 * 2
+
+
+class Stop(Progress):
+    """Interrupts after some runs, as Ctrl-C does."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def run_done(self) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_what_is_there(fake_server: FakeServer, tmp_path: Path) -> None:
+    measured = runner(fake_server, tmp_path)
+    saved: list[None] = []
+    measured.on_run = lambda: saved.append(None)
+    measured.progress = Stop(7)
+    with pytest.raises(KeyboardInterrupt):
+        measured.run()
+    result = measured.result.to_json()
+    assert result["complete"] is False
+    assert [len(cell["runs"]) for cell in result["cells"]] == [2, 2, 1, 1, 1]
+    assert result["cells"][2]["ratios"] == {}
+    assert "tpot_ms.p50" in result["cells"][1]["over_repeats"]
+    assert len(saved) == 6, "the run that was stopped after it counts, but was not saved any more"
+
+
+def test_an_arm_that_fails_to_warm_up_is_an_error(fake_server: FakeServer, tmp_path: Path) -> None:
+    measured = runner(fake_server, tmp_path)
+    (server,) = measured.comparison.servers
+    arm = Arm("x", "missing adapter", "hydra", server.name, ("missing",), 1)
+    measured.comparison = Comparison((server,), (arm,), None)
+    with pytest.raises(EngineError, match=r"missing adapter, batch 1: 1 of 1 .*404"):
+        measured.run()
+    assert measured.result.complete is False
+
+
+def test_errors_of_a_run_are_counted_and_kept(fake_server: FakeServer, tmp_path: Path) -> None:
+    measured = runner(fake_server, tmp_path, repeats=1, batches=(2,))
+    # Fine with the warm-up's two requests, an error afterwards.
+    original = measured.warmup_requests
+    (server,) = measured.comparison.servers
+    measured.comparison = Comparison((server,), (Arm("x", "x", "hydra", server.name, ("one", "breaks"), 2),), None)
+
+    def only_the_good(cell: object) -> object:
+        return [request for request in original(cell) if request.model == "one"]  # type: ignore[arg-type]
+
+    measured.warmup_requests = only_the_good  # type: ignore[method-assign,assignment]
+    measured.run()
+    (cell,) = measured.result.to_json()["cells"]
+    assert cell["runs"][0]["metrics"]["failed"] == 3
+    assert cell["runs"][0]["errors"] == ["unreadable stream: the stream broke off"] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapters", "load", "expected"),
+    [
+        ("off", 0, Load(concurrency=1), True),
+        ("hydra", 1, Load(concurrency=1), True),
+        ("hydra", 8, Load(concurrency=4), False),
+        ("hydra", 8, Load(rate=0.5), True),
+        ("reference", 8, Load(concurrency=8), True),
+        ("reference", 1, Load(concurrency=32), False),
+        ("reference", 1, Load(rate=1.0), False),
+    ],
+)
+def test_which_cells_are_worthwhile(kind: str, adapters: int, load: Load, expected: bool) -> None:
+    arm = Arm("x", "x", kind, "server", ("m",) * max(1, adapters), adapters)
+    assert worthwhile(arm, load) is expected
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., Plan]:
+    shapes = {f"layers.{i}.{name}": (8, 8) for i in range(2) for name in ("q_proj", "up_proj")} | {"lm_head": (8, 32)}
+
+    def make(**changes: object) -> Plan:
+        made = Plan(
+            model="/models/m",
+            base_shapes=shapes,
+            shapes=[Shape(4, 3)],
+            counts=[1, 2],
+            kinds=["off", "base-only", "hydra", "lora", "lora-wide", "reference"],
+            engine_flags=["--enforce-eager"],
+            vllm_rank=lambda rank: max(8, rank),
+            folder=tmp_path,
+        )
+        return replace(made, **changes)  # type: ignore[arg-type]
+
+    return make
+
+
+def test_the_whole_comparison(plan: Callable[..., Plan]) -> None:
+    made = compare(plan())
+    servers = {server.name: server for server in made.servers}
+    assert list(servers) == ["off", "hydra-r4-e3", "lora-r4", "lora-r12", "reference"]
+    assert made.baseline == "off"
+    for server in (servers["off"], servers["hydra-r4-e3"], servers["lora-r4"], servers["lora-r12"]):
+        assert server.arguments[:5] == ("--model", "/models/m", "--served-model-name", "base", "--enforce-eager")
+    assert "--enable-lora" not in servers["off"].arguments
+    assert servers["off"].kind == servers["lora-r4"].kind == "vllm"
+    assert [arm.name for arm in made.arms] == [
+        "off",
+        "base-only",
+        *("hydra-r4-e3-1", "hydra-r4-e3-2", "lora-r4-1", "lora-r4-2", "lora-r12-1", "lora-r12-2"),
+        *("reference-1", "reference-2"),
+    ]
+    assert {arm.label for arm in made.arms if arm.server == "lora-r12"} == {
+        "vLLM LoRA r12, 1 adapter",
+        "vLLM LoRA r12, 2 adapters",
+    }
+
+
+def test_adapters_of_a_comparison_have_equal_parameters(plan: Callable[..., Plan]) -> None:
+    servers = {server.name: server for server in compare(plan()).servers}
+    found = {name: inspect_adapter(server.adapters["a1"]) for name, server in servers.items() if server.adapters}
+    assert {name: (s.rank, s.heads, s.format) for name, s in found.items()} == {
+        "hydra-r4-e3": (4, 3, "hydralora"),
+        "lora-r4": (4, 1, "lora"),
+        "lora-r12": (12, 1, "lora"),
+        "reference": (4, 3, "hydralora"),
+    }
+    assert all(summary.targets == ("q_proj", "up_proj") for summary in found.values()), "not lm_head"
+    assert servers["reference"].adapters == servers["hydra-r4-e3"].adapters
+
+
+def test_vllms_own_lora_gets_the_same_slots_and_modules(plan: Callable[..., Plan]) -> None:
+    (server,) = compare(plan(kinds=["lora-wide"], slots=1, targets=["q_proj"])).servers
+    arguments = " ".join(server.arguments)
+    assert "--enable-lora --max-loras 1 --max-cpu-loras 2 --max-lora-rank 12 --lora-target-modules q_proj" in arguments
+    assert compare(plan(kinds=["hydra"])).baseline is None
+
+
+def test_given_adapters_take_the_place_of_random_ones(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    folders = {"sql": tmp_path / "sql", "chat": tmp_path / "chat"}
+    made = compare(plan(shapes=[Shape(4, 3, folders)], kinds=["hydra"], slots=5))
+    (server,) = made.servers
+    assert f"--slots 5 --adapter sql={folders['sql']} --adapter chat={folders['chat']}" in " ".join(server.arguments)
+    assert [arm.models for arm in made.arms] == [("sql",), ("sql", "chat")]
+
+
+def test_a_running_server_is_asked_what_it_serves(fake_server: FakeServer) -> None:
+    assert served_models(fake_server.url) == ("base", ["one", "two"])
+    with pytest.raises(EngineError, match="check --url"):
+        served_models("http://127.0.0.1:9")
+
+
+def test_a_running_server_with_fewer_adapters_than_asked(fake_server: FakeServer) -> None:
+    made = running_server(fake_server.url, "base", ["one", "two"], [4, 8])
+    assert [arm.models for arm in made.arms] == [("base",), ("one", "two")]
+    assert running_server(fake_server.url, "base", [], [1]).arms[0].name == "base-only"
+
+
+def test_engine_facts_come_from_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x compilation_config={'mode': <CompilationMode.NONE: 0>, 'a': 1}\n local_rank=0, core ids=[0, 1]\n")
+    assert engine_facts(log) == {"compilation": "NONE", "engine_cores": "0, 1"}
+    log.write_text("nothing of the kind")
+    assert engine_facts(log) == {}
+
+
+def test_results_hold_no_local_paths(fake_server: FakeServer, tmp_path: Path) -> None:
+    spec = ServerSpec(
+        "s",
+        "running",
+        ("--model", "/home/me/base", "--adapter", "a=/tmp/x/a", '{"path": "/tmp/y/b"}', "org/name", "http://h/p"),
+        url=fake_server.url,
+    )
+    settings = Settings([Load(concurrency=1)], tmp_path, repeats=1, waves=1)
+    measured = Runner(
+        Comparison((spec,), (Arm("b", "b", "off", "s", ("base",), 0),), None), WORKLOAD, settings, Result({})
+    )
+    measured.run()
+    assert measured.result.servers["s"]["arguments"] == [
+        *("--model", "base", "--adapter", "a=a", '{"path": "b"}', "org/name", "http://h/p"),
+    ]
