@@ -166,16 +166,19 @@ class StackedSlots(LayerSlots):
         return sum(t.numel() * t.element_size() for t in (self.a, self.b, self.layout, self.bias))
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, meta: StepMetadata) -> None:
-        torch.ops.hydra_kernels.linear_(
-            y, x, self.a, self.b, self.layout, self.bias, self.slice_start, meta.host, meta.device, meta.max_slots
-        )
+        torch.ops.hydra_kernels.linear_(y, x, self.a, *self._expand_args(), *meta_args(meta))
 
     def shrink(self, x: torch.Tensor, meta: StepMetadata) -> torch.Tensor:
-        return torch.ops.hydra_kernels.shrink(
-            x, self.a, self.layout, meta.host, meta.device, meta.max_slots
-        )
+        z: torch.Tensor = torch.ops.hydra_kernels.shrink(x, self.a, self.layout, *meta_args(meta))
+        return z
 
     def expand_(self, y: torch.Tensor, z: torch.Tensor, meta: StepMetadata) -> None:
-        torch.ops.hydra_kernels.expand_(
-            y, z, self.b, self.layout, self.bias, self.slice_start, meta.host, meta.device, meta.max_slots
-        )
+        torch.ops.hydra_kernels.expand_(y, z, *self._expand_args(), *meta_args(meta))
+
+    def _expand_args(self) -> tuple[torch.Tensor | tuple[int, ...], ...]:
+        return self.b, self.layout, self.bias, self.slice_start, self.out_slices
+
+
+def meta_args(meta: StepMetadata) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """What the custom ops take of the step's metadata."""
+    return meta.host, meta.device, meta.max_tokens, meta.max_slots

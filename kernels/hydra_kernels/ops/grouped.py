@@ -6,7 +6,8 @@ adapters meet in one batch: its cost grows with the number of segments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -30,9 +31,7 @@ def layouts(record: list[list[int]]) -> Iterator[tuple[int, Layout]]:
             yield i, Layout(rank, heads, bool(shared), top_k, bool(renormalize), bool(router), bool(bias))
 
 
-def shrink(
-    x: torch.Tensor, a: torch.Tensor, layout: torch.Tensor, meta: torch.Tensor, max_slots: int
-) -> torch.Tensor:
+def shrink(x: torch.Tensor, a: torch.Tensor, layout: torch.Tensor, meta: torch.Tensor, max_slots: int) -> torch.Tensor:
     z = torch.zeros(a.shape[1], x.shape[0], a.shape[2], dtype=torch.float32, device=x.device)
     for slot, rows in segments(meta, max_slots):
         tokens = x[rows].float()  # the gate is sensitive: logits stay in float32
@@ -47,17 +46,19 @@ def expand_(
     b: torch.Tensor,
     layout: torch.Tensor,
     bias: torch.Tensor,
-    slice_start: torch.Tensor,
+    out_slices: Sequence[int],
     meta: torch.Tensor,
     max_slots: int,
 ) -> None:
-    start = slice_start.tolist()
+    start = [0, *accumulate(out_slices)]
     for slot, rows in segments(meta, max_slots):
         for i, lay in layouts(layout[slot].tolist()):
             group = z[i, rows]
             u = group[:, : lay.a_rows]
             u = u[:, None, :] if lay.shared_a else u.view(-1, lay.heads, lay.rank)
-            logits = group[:, lay.a_rows : lay.z_rows] + bias[slot, i, : lay.heads] if lay.has_router else None
+            logits = group[:, lay.a_rows : lay.z_rows] if lay.has_router else None
+            if logits is not None and lay.has_bias:  # else the slot's bias is what an earlier adapter left there
+                logits = logits + bias[slot, i, : lay.heads]
             w = gate(logits, lay, rows.numel(), torch.float32).to(z.device)
             h = (w[:, :, None] * u).flatten(1).to(b.dtype)
             y[rows, start[i] : start[i + 1]] += (h @ b[slot, start[i] : start[i + 1], : lay.k].T).to(y.dtype)

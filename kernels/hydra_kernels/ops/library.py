@@ -1,54 +1,132 @@
-"""The custom ops of stacked slots, as torch.compile and CUDA graphs see them: opaque, with fake implementations."""
+"""The custom ops of stacked slots, as torch.compile and CUDA graphs see them: opaque, with fake implementations.
 
+On CUDA they are the Triton kernels, on everything else the grouped torch path. In a CUDA graph the decision
+"no token has an adapter" is the one of the capture: capture with adapters in the step what is to be replayed with
+any mix of them; a graph captured without stays without, as for vLLM's own LoRA.
+"""
+
+# torch.library is not typed:
+# mypy: disable-error-code="no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import torch
 
-from hydra_kernels.metadata import NUM_SEGMENTS
+from hydra_kernels.metadata import NUM_SEGMENTS, NUM_TOKENS
 from hydra_kernels.ops import grouped
+from hydra_kernels.tuning import expand_config
+
+# The registrations last as long as this object.
+LIBRARY = torch.library.Library("hydra_kernels", "FRAGMENT")
+
+META = "Tensor meta_host, Tensor meta_device, int max_tokens, int max_slots"
+B_AND_GATE = "Tensor b, Tensor layout, Tensor bias, Tensor slice_start, int[] out_slices"
+LIBRARY.define(f"shrink(Tensor x, Tensor a, Tensor layout, {META}) -> Tensor")
+LIBRARY.define(f"expand_(Tensor(y!) y, Tensor z, {B_AND_GATE}, {META}) -> ()")
+LIBRARY.define(f"linear_(Tensor(y!) y, Tensor x, Tensor a, {B_AND_GATE}, {META}) -> ()")
 
 
-@torch.library.custom_op("hydra_kernels::shrink", mutates_args=())
-def shrink(
+@torch.library.impl(LIBRARY, "shrink", "CompositeExplicitAutograd")
+def _shrink(
     x: torch.Tensor,
     a: torch.Tensor,
     layout: torch.Tensor,
     meta_host: torch.Tensor,
-    meta_device: torch.Tensor,
+    _meta_device: torch.Tensor,
+    _max_tokens: int,
     max_slots: int,
 ) -> torch.Tensor:
     return grouped.shrink(x, a, layout, meta_host, max_slots)
 
 
-@shrink.register_fake
-def _(
+@torch.library.impl(LIBRARY, "expand_", "CompositeExplicitAutograd")
+def _expand(
+    y: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    layout: torch.Tensor,
+    bias: torch.Tensor,
+    _slice_start: torch.Tensor,
+    out_slices: list[int],
+    meta_host: torch.Tensor,
+    _meta_device: torch.Tensor,
+    _max_tokens: int,
+    max_slots: int,
+) -> None:
+    grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots)
+
+
+@torch.library.impl(LIBRARY, "linear_", "CompositeExplicitAutograd")
+def _linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    layout: torch.Tensor,
+    bias: torch.Tensor,
+    _slice_start: torch.Tensor,
+    out_slices: list[int],
+    meta_host: torch.Tensor,
+    _meta_device: torch.Tensor,
+    _max_tokens: int,
+    max_slots: int,
+) -> None:
+    if int(meta_host[NUM_SEGMENTS]) > 0:
+        z = grouped.shrink(x, a, layout, meta_host, max_slots)
+        grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots)
+
+
+def _nothing_to_do(rows: torch.Tensor, meta_host: torch.Tensor) -> bool:
+    """Whether no token has an adapter. Raises ValueError for rows (x or y) that do not fit the step or the kernels."""
+    if rows.stride(1) != 1 or int(meta_host[NUM_TOKENS]) > rows.shape[0]:
+        raise ValueError(
+            f"got {rows.shape[0]} rows with column stride {rows.stride(1)}, expected contiguous rows, at least the "
+            f"{int(meta_host[NUM_TOKENS])} tokens with an adapter of the step; call StepMetadata.update for these rows"
+        )
+    return int(meta_host[NUM_SEGMENTS]) == 0
+
+
+# Triton is imported on the first call on a GPU: this package is importable without it.
+@torch.library.impl(LIBRARY, "shrink", "CUDA")
+def _shrink_cuda(
     x: torch.Tensor,
     a: torch.Tensor,
     layout: torch.Tensor,
     meta_host: torch.Tensor,
     meta_device: torch.Tensor,
+    max_tokens: int,
     max_slots: int,
 ) -> torch.Tensor:
-    return x.new_empty((a.shape[1], x.shape[0], a.shape[2]), dtype=torch.float32)
+    if _nothing_to_do(x, meta_host):
+        return torch.zeros(a.shape[1], x.shape[0], a.shape[2], dtype=torch.float32, device=x.device)
+    from hydra_kernels.ops.shrink import shrink
+
+    return shrink(x, a, layout, meta_host, meta_device, max_tokens, max_slots)
 
 
-@torch.library.custom_op("hydra_kernels::expand_", mutates_args=("y",))
-def expand_(
+@torch.library.impl(LIBRARY, "expand_", "CUDA")
+def _expand_cuda(
     y: torch.Tensor,
     z: torch.Tensor,
     b: torch.Tensor,
     layout: torch.Tensor,
     bias: torch.Tensor,
     slice_start: torch.Tensor,
+    out_slices: list[int],
     meta_host: torch.Tensor,
     meta_device: torch.Tensor,
+    max_tokens: int,
     max_slots: int,
 ) -> None:
-    grouped.expand_(y, z, b, layout, bias, slice_start, meta_host, max_slots)
+    if _nothing_to_do(y, meta_host):
+        return
+    from hydra_kernels.ops.expand import expand_
+
+    meta = meta_host, meta_device, max_tokens, max_slots
+    expand_(y, z.contiguous(), b, layout, bias, slice_start, out_slices, *meta)
 
 
-@torch.library.custom_op("hydra_kernels::linear_", mutates_args=("y",))
-def linear_(
+@torch.library.impl(LIBRARY, "linear_", "CUDA")
+def _linear_cuda(
     y: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
@@ -56,11 +134,37 @@ def linear_(
     layout: torch.Tensor,
     bias: torch.Tensor,
     slice_start: torch.Tensor,
+    out_slices: list[int],
     meta_host: torch.Tensor,
     meta_device: torch.Tensor,
+    max_tokens: int,
     max_slots: int,
 ) -> None:
-    if int(meta_host[NUM_SEGMENTS]) == 0:
+    if _nothing_to_do(x, meta_host):
         return
-    z = grouped.shrink(x, a, layout, meta_host, max_slots)
-    grouped.expand_(y, z, b, layout, bias, slice_start, meta_host, max_slots)
+    from hydra_kernels.ops.expand import expand_
+    from hydra_kernels.ops.shrink import shrink_partials
+
+    meta = meta_host, meta_device, max_tokens, max_slots
+    config = expand_config(y.device, y.dtype, y.shape[0], b.shape[1], b.shape[2], len(out_slices))
+    z = shrink_partials(x, a, layout, *meta, pdl=config.pdl)
+    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, config=config)
+
+
+@torch.library.register_fake("hydra_kernels::shrink", lib=LIBRARY)
+def _shrink_fake(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    _layout: torch.Tensor,
+    _meta_host: torch.Tensor,
+    _meta_device: torch.Tensor,
+    _max_tokens: int,
+    _max_slots: int,
+) -> torch.Tensor:
+    return x.new_empty((a.shape[1], x.shape[0], a.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hydra_kernels::expand_", lib=LIBRARY)
+@torch.library.register_fake("hydra_kernels::linear_", lib=LIBRARY)
+def _in_place_fake(*_: object) -> None:
+    return None

@@ -1,0 +1,118 @@
+"""Block sizes of the Triton kernels, and the limits within which they change the speed but not one bit.
+
+What fixes the result of a row: the order of the sums over `in` and over K, and the matrix instruction. The order is
+`chunk_size` and GROUP_CHUNKS (see ops/shrink.py), which depend on `in` alone; K is summed from its first column to
+its last. The instruction follows from the limits below: shrink multiplies fewer than 64 rows at once, expand at
+least 64 with whole warp groups, so that on Hopper the first never and the second always uses wgmma.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hydra_kernels.metadata import TILE_SIZES
+
+MAX_CHUNKS, GROUP_CHUNKS = 16, 4
+CHUNK_UNIT = 512  # a chunk is a multiple of it, and every block_in divides it
+
+
+def chunk_size(in_features: int) -> int:
+    """Length of the chunks that `in` is summed in: the least multiple of CHUNK_UNIT that makes at most MAX_CHUNKS."""
+    return CHUNK_UNIT * -(-in_features // (CHUNK_UNIT * MAX_CHUNKS))
+
+
+def _check(name: str, got: int, expected: tuple[int, ...]) -> None:
+    if got not in expected:
+        raise ValueError(f"tuning: got {name} {got}, expected one of {expected}")
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkConfig:
+    """How a shrink is spread over the GPU.
+
+    tile:       tokens of a program, one of TILE_SIZES.
+    chunks:     chunks of `in` of a program: fewer make more programs and more partial sums.
+    block_rows: rows of [A; R] of a program.
+    block_in:   step along `in`.
+
+    Raises ValueError for sizes that would change results or cannot be.
+    """
+
+    tile: int
+    chunks: int
+    block_rows: int
+    block_in: int
+    warps: int = 4
+    stages: int = 3
+
+    def __post_init__(self) -> None:
+        _check("tile", self.tile, TILE_SIZES)
+        _check("chunks", self.chunks, (1, GROUP_CHUNKS, MAX_CHUNKS))
+        _check("block_rows", self.block_rows, (16, 32))
+        _check("block_in", self.block_in, (16, 32, 64, 128, 256))
+        _check("warps", self.warps, (1, 2, 4, 8))
+
+    def splits(self, in_features: int) -> int:
+        """Number of partial sums of each z."""
+        return -(-in_features // (self.chunks * chunk_size(in_features)))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandConfig:
+    """How an expand is spread over the GPU.
+
+    tile:      one of TILE_SIZES.
+    tokens:    tokens of a program: a whole tile or a part of it.
+    block_out: rows of B at once.
+    out_steps: how many such blocks a program goes through; the gate is computed once for all of them.
+    block_k:   columns of B at once. Slots with more columns than this need out_steps 1.
+    registers: limit for a thread, so that more programs share a multiprocessor; 0: the compiler's own choice.
+    pdl:       start while shrink still runs and wait on the GPU (programmatic dependent launch, Hopper on).
+
+    Raises ValueError for sizes that would change results or cannot be.
+    """
+
+    tile: int
+    tokens: int
+    block_out: int
+    out_steps: int
+    block_k: int
+    warps: int = 4
+    stages: int = 2
+    registers: int = 0
+    pdl: bool = False
+
+    def __post_init__(self) -> None:
+        _check("tile", self.tile, TILE_SIZES)
+        _check("tokens", self.tokens, tuple(n for n in (16, 32, 64) if n <= self.tile))
+        _check("block_out", self.block_out, (64, 128, 256))
+        _check("out_steps", self.out_steps, (1, 2, 4, 8, 16))
+        _check("block_k", self.block_k, (16, 32, 64, 128, 256))
+        _check("warps", self.warps, (4, 8))
+        _check("registers", self.registers, (0, 64, 80, 96, 128, 160, 192))
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def default_shrink(tokens: int, rows: int, slices: int, itemsize: int) -> ShrinkConfig:
+    """Sizes for want of measured ones: enough programs for a GPU of some hundred multiprocessors, by arithmetic."""
+    if itemsize == 4:  # no tensor cores: the product is unrolled in registers
+        return ShrinkConfig(16, 1 if tokens <= 256 else GROUP_CHUNKS, 16, 32, stages=2)
+    block_rows = 16 if rows <= 16 else 32
+    parts = slices * -(-rows // block_rows)
+    if tokens <= 512:  # few tiles
+        chunks = 1 if -(-tokens // 16) * parts < 32 else GROUP_CHUNKS
+        return ShrinkConfig(16, chunks, block_rows, 256 if block_rows == 16 else 128)
+    chunks = MAX_CHUNKS if tokens // 64 * parts >= 256 else GROUP_CHUNKS
+    return ShrinkConfig(64, chunks, block_rows, 128)
+
+
+def default_expand(tokens: int, out: int, k: int, itemsize: int) -> ExpandConfig:
+    """Sizes for want of measured ones: enough programs for a GPU of some hundred multiprocessors, by arithmetic."""
+    block_k = min(max(power_of_two(k), 16), 32 if itemsize == 4 else 128)
+    if itemsize == 4 or tokens <= 512:
+        return ExpandConfig(16, 16, 64, 1, block_k)
+    return ExpandConfig(64, 32, 64, 4 if out >= 1024 and k <= block_k else 1, block_k)
