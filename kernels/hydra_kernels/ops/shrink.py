@@ -64,13 +64,16 @@ def load_z(p_z, mask, split_stride, SPLITS: tl.constexpr):
 
     More partials than a group has chunks are always single chunks; up to so many, both readings are the same sum.
     """
-    total = _load_group(p_z, mask, split_stride, min(GROUP, SPLITS))
+    if SPLITS <= GROUP:
+        return _load_group(p_z, mask, split_stride, SPLITS)
+    total = tl.zeros(p_z.shape, tl.float32)
     # Not unrolled: the loads of one group at a time are as many as the registers hold.
-    for i_group in tl.range(GROUP, SPLITS // GROUP * GROUP, GROUP, num_stages=1):
-        total += _load_group(p_z + i_group * split_stride, mask, split_stride, GROUP)
-    WHOLE: tl.constexpr = SPLITS // GROUP * GROUP
-    if SPLITS > GROUP and SPLITS > WHOLE:
-        total += _load_group(p_z + WHOLE * split_stride, mask, split_stride, SPLITS - WHOLE)
+    for _ in tl.range(0, SPLITS // GROUP, num_stages=1):
+        total += _load_group(p_z, mask, split_stride, GROUP)
+        p_z += GROUP * split_stride
+    REST: tl.constexpr = SPLITS - SPLITS // GROUP * GROUP
+    if REST > 0:
+        total += _load_group(p_z, mask, split_stride, REST)
     return total
 
 

@@ -112,7 +112,9 @@ def default_shrink(tokens: int, rows: int, slices: int, itemsize: int) -> Shrink
 
 def default_expand(tokens: int, out: int, k: int, itemsize: int) -> ExpandConfig:
     """Sizes for want of measured ones: enough programs for a GPU of some hundred multiprocessors, by arithmetic."""
-    block_k = min(max(power_of_two(k), 16), 32 if itemsize == 4 else 128)
+    block_k = max(power_of_two(k), 16)
+    if block_k > 128 or itemsize == 4:  # several blocks, each of which is built in registers
+        block_k = 32 if itemsize == 4 else 64
     if itemsize == 4 or tokens <= 512:
         return ExpandConfig(16, 16, 64, 1, block_k)
     return ExpandConfig(64, 32, 64, 4 if out >= 1024 and k <= block_k else 1, block_k)

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from hydra_kernels.metadata import StepMetadata
+from hydra_kernels.ops import expand, shrink
+from hydra_kernels.slots import SlotCapacity
+from hydra_kernels.tuning.config import ExpandConfig, ShrinkConfig
+from hydra_kernels.tuning.shapes import LayerShape
+from hydra_kernels.weights import LAYOUT_FIELDS
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
@@ -47,6 +54,7 @@ class MachineCode:
     shared_bytes: of a program, static and dynamic.
     matrix:       the matrix instructions, HMMA (warp) or HGMMA (warp group), with their shapes.
     loads:        how many global loads there are of each width in bits.
+    pdl:          of programmatic dependent launch: PREEXIT (lets the next kernel start), ACQBULK (waits for the last).
     """
 
     registers: int
@@ -55,6 +63,7 @@ class MachineCode:
     shared_bytes: int
     matrix: tuple[str, ...]
     loads: Mapping[int, int]
+    pdl: tuple[str, ...]
 
 
 class _Recorder:
@@ -71,42 +80,79 @@ class _Recorder:
 
 
 @contextmanager
-def recorded(module: Any, *kernels: str) -> Iterator[list[Launch]]:
-    """Launches of a module's kernels are appended to the list instead of being run."""
+def recorded() -> Iterator[list[Launch]]:
+    """The launches of shrink and expand are appended to the list instead of being run."""
     launches: list[Launch] = []
-    patches = [mock.patch.object(module, name, _Recorder(getattr(module, name), launches)) for name in kernels]
-    for patch in patches:
-        patch.start()
-    try:
+    kernels = [(shrink, "_shrink_kernel"), (shrink, "_sum_kernel"), (expand, "_expand_kernel")]
+    with ExitStack() as stack:
+        for module, name in kernels:
+            recorder = _Recorder(getattr(module, name), launches)
+            stack.enter_context(mock.patch.object(module, name, recorder))
         yield launches
-    finally:
-        for patch in patches:
-            patch.stop()
+
+
+def linear_launches(
+    shape: LayerShape,
+    capacity: SlotCapacity,
+    tokens: int,
+    dtype: torch.dtype,
+    shrink_config: ShrinkConfig | None = None,
+    expand_config: ExpandConfig | None = None,
+    slots: int = 8,
+) -> tuple[Launch, Launch]:
+    """The shrink and the expand of one call on a GPU for which nothing was measured, or with the given block sizes."""
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    meta = StepMetadata(tokens, slots)
+    meta.update([0] * tokens)
+    step = meta.host, empty(meta.host.numel(), dtype=torch.int32), tokens, slots
+    slices = len(shape.out_slices)
+    a = empty(slots, slices, capacity.rows, shape.in_features)
+    b = empty(slots, shape.out, capacity.k)
+    layout = empty(slots, slices, LAYOUT_FIELDS, dtype=torch.int32)
+    bias = empty(slots, slices, capacity.heads, dtype=torch.float32)
+    starts = empty(slices + 1, dtype=torch.int32)
+    pdl = expand_config is not None and expand_config.pdl
+    with recorded() as launches:
+        z = shrink.shrink_partials(empty(tokens, shape.in_features), a, layout, *step, shrink_config, pdl)
+        y = empty(tokens, shape.out)
+        expand.expand_(y, z, b, layout, bias, starts, shape.out_slices, *step, expand_config)
+    return launches[0], launches[1]
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A launch's arguments as Triton compiles them: pointers and multiples of 16 are known as such, 1 is constant."""
+
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    attributes: Mapping[tuple[int], list[list[Any]]]
+
+    @staticmethod
+    def of(launch: Launch) -> Specialisation:
+        params = {p.name: p for p in launch.kernel.params}
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int], list[list[Any]]] = {}
+        for i, name in enumerate(launch.kernel.arg_names):
+            value, free = launch.arguments[name], params[name].do_not_specialize
+            if params[name].is_constexpr or (not free and isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            else:
+                signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
+                if not free and value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        return Specialisation(signature, constants, attributes)
 
 
 def compile_launch(launch: Launch, capability: int) -> MachineCode:
-    """Compile a recorded launch for compute capability `capability` (90 for Hopper). Needs no GPU.
-
-    Arguments are specialised as Triton does it when it launches: pointers and multiples of 16 are known as such.
-    """
-    kernel = launch.kernel
-    constants = {p.name for p in kernel.params if p.is_constexpr}
-    free = {p.name for p in kernel.params if p.do_not_specialize}
-    signature, constexprs, attrs = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = launch.arguments[name]
-        if name in constants or (isinstance(value, int) and value == 1 and name not in free):
-            signature[name], constexprs[name] = "constexpr", value
-            continue
-        aligned = True
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-        else:
-            signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
-            aligned = value % 16 == 0
-        if aligned and name not in free:
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    """Compile a recorded launch for compute capability `capability` (90 for Hopper). Needs no GPU."""
+    special = Specialisation.of(launch)
+    source = ASTSource(launch.kernel, special.signature, special.constants, special.attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     return inspect(compiled.asm["cubin"], compiled.metadata.shared)
 
@@ -131,4 +177,5 @@ def inspect(cubin: bytes, shared_bytes: int) -> MachineCode:
         shared_bytes=shared_bytes,
         matrix=tuple(sorted(set(re.findall(r"\bH?[HG]MMA\.\S+", sass)))),
         loads={w: widths.count(w) for w in sorted(set(widths))},
+        pdl=tuple(sorted(set(re.findall(r"\b(?:PREEXIT|ACQBULK)\b", sass)))),
     )
