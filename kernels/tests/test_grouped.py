@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import hydra_kernels as hk
 import pytest
 import torch
-
-import hydra_kernels as hk
 from hydra_kernels import reference, testing
 from hydra_kernels.slots import StackedSlots
 

@@ -51,14 +51,18 @@ def file_name(gpu: str) -> str:
 def parse(text: str, source: str) -> Table:
     """A table from its JSON. Raises ValueError, naming `source` and the entry, for what no configuration can be."""
     configs: dict[tuple[str | int, ...], list[tuple[int, ShrinkConfig | ExpandConfig]]] = {}
-    for i, entry in enumerate(_entries(text, source)):
+    for i, item in enumerate(_entries(text, source)):
         try:
-            op = entry["op"]
-            shape = tuple(int(entry[name]) for name in SHAPE_FIELDS[op])
-            configs.setdefault((op, *shape), []).append((int(entry["tokens"]), CONFIGS[op](**entry["config"])))
+            op = item["op"]
+            config = CONFIGS[op](**item["config"])
+            configs.setdefault((op, *_shape(item)), []).append((int(item["tokens"]), config))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: entry {i} is not a configuration ({error!r}); write it with tune") from error
     return Table({key: sorted(known, key=lambda pair: pair[0]) for key, known in configs.items()})
+
+
+def _shape(item: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(item[name]) for name in SHAPE_FIELDS[item["op"]])
 
 
 def _entries(text: str, source: str) -> Iterator[dict[str, Any]]:
@@ -70,10 +74,17 @@ def _entries(text: str, source: str) -> Iterator[dict[str, Any]]:
         ) from error
 
 
+def entries_by_key(text: str, source: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The entries of a table as they are written, by (op, shape, tokens). Raises ValueError as `parse`."""
+    parse(text, source)
+    return {(item["op"], _shape(item), int(item["tokens"])): item for item in _entries(text, source)}
+
+
 def dump(header: Mapping[str, str], entries: Sequence[Mapping[str, Any]]) -> str:
     """The JSON of a table: one line an entry, so that two tables can be compared by eye and by diff."""
-    lines = ",\n  ".join(json.dumps(entry) for entry in entries)
-    return json.dumps(header, indent=1)[:-2] + f',\n "entries": [\n  {lines}\n ]\n}}\n'
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in header.items()]
+    lines.append('"entries": [\n  ' + ",\n  ".join(json.dumps(item) for item in entries) + "\n ]")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
 def entry(
