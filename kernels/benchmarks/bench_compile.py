@@ -3,8 +3,8 @@
     python kernels/benchmarks/bench_compile.py [--out FILE] [--quick]
 
 Compiles what the launchers would launch on a GPU for which nothing was measured, for the layers of Llama-2-7B,
-Llama-3-8B and Llama-3-70B, r=8 E=4 and r=16 E=8 (and r=64 E=8, whose K takes several blocks), decode and prefill, on
-sm_80 and sm_90. Layers whose launches are the same code are one entry. Exits with 1 when any kernel spills.
+Llama-3-8B and Llama-3-70B, r=8 E=4 and r=16 E=8 (for one layer also r=64 E=8, whose K takes several blocks, other
+dtypes, and with a routing probe), decode and prefill, on sm_80 and sm_90. Layers whose launches are the same code are one entry. Exits with 1 when any kernel spills.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,44 +24,57 @@ from provenance import commit, versions
 
 CAPABILITIES = (80, 90)
 TOKENS = (1, 8, 64, 256, 2048, 8192)
-WIDE = {"r64-e8": Layout(64, 8, has_router=True)}
+WIDE = Layout(64, 8, has_router=True)
 RESULTS = Path(__file__).parent / "results"
 
 # Registers and shared memory (bytes) of a multiprocessor, threads it can hold.
 LIMITS = {80: (65536, 167936, 2048), 90: (65536, 233472, 2048)}
 
 
-def cases(quick: bool) -> Iterator[tuple[str, LayerShape, Layout, int, torch.dtype]]:
-    """(name, layer, adapter, tokens, dtype) of every launch pair to compile."""
+@dataclass(frozen=True)
+class Case:
+    """A launch pair to compile."""
+
+    name: str
+    layer: LayerShape
+    layout: Layout
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+    probe: bool = False
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All of them; for `quick` a few of each kind."""
     for model, layers in MODELS.items():
         for layer in layers[:1] if quick else layers:
             for adapter, layout in ADAPTERS.items():
                 for tokens in (8, 8192) if quick else TOKENS:
-                    yield f"{model} {layer.name} {adapter} T={tokens}", layer, layout, tokens, torch.bfloat16
+                    yield Case(f"{model} {layer.name} {adapter} T={tokens}", layer, layout, tokens)
     layer = MODELS["llama-3-8b"][0]
     for tokens in (8, 2048):
-        for adapter, layout in WIDE.items():
-            yield f"llama-3-8b qkv {adapter} T={tokens}", layer, layout, tokens, torch.bfloat16
+        name = f"llama-3-8b qkv r16-e8 T={tokens}"
         for dtype in (torch.float16, torch.float32):
-            name = f"llama-3-8b qkv r16-e8 T={tokens} {str(dtype)[6:]}"
-            yield name, layer, ADAPTERS["r16-e8"], tokens, dtype
+            yield Case(f"{name} {str(dtype)[6:]}", layer, ADAPTERS["r16-e8"], tokens, dtype)
+        yield Case(f"{name} with a routing probe", layer, ADAPTERS["r16-e8"], tokens, probe=True)
+        yield Case(f"llama-3-8b qkv r64-e8 T={tokens}", layer, WIDE, tokens)
 
 
 def distinct(quick: bool) -> dict[tuple[str, ...], tuple[Launch, list[str]]]:
     """The launches that are different code, each with the cases that it serves."""
     found: dict[tuple[str, ...], tuple[Launch, list[str]]] = {}
-    for name, layer, layout, tokens, dtype in cases(quick):
-        for launch in linear_launches(layer, capacity(layout), tokens, dtype):
+    for case in cases(quick):
+        pair = linear_launches(case.layer, capacity(case.layout), case.tokens, case.dtype, probe=case.probe)
+        for launch in pair:
             key = (launch.kernel.__name__, str(Specialisation.of(launch)), str(launch.options))
-            found.setdefault(key, (launch, []))[1].append(name)
+            found.setdefault(key, (launch, []))[1].append(case.name)
     return found
 
 
 def programs_at_once(code: MachineCode, launch: Launch, capability: int) -> int:
     """How many programs share a multiprocessor, by registers, shared memory and threads."""
     registers, shared, threads = LIMITS[capability]
-    size = 32 * launch.options["num_warps"]
-    by_registers = registers // (-(-code.registers // 8) * 8 * size)
+    size: int = 32 * launch.options["num_warps"]
+    by_registers: int = registers // (-(-code.registers // 8) * 8 * size)
     return min(by_registers, shared // (code.shared_bytes + 1024), threads // size)
 
 

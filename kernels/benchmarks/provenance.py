@@ -11,12 +11,18 @@ PACKAGES = ("torch", "triton", "vllm")
 
 
 def commit() -> str:
-    """The commit of the working tree, with a mark when it has changes; "unknown" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit, with "-dirty" when files of the kernels differ from it; "unknown" outside a repository."""
+    kernels = Path(__file__).parents[1]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        head = _git("rev-parse", "--short=12", "HEAD", folder=kernels)
+        return head + ("-dirty" if _git("status", "--porcelain", "--", ".", folder=kernels) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -166,17 +166,20 @@ class StackedSlots(LayerSlots):
         return sum(t.numel() * t.element_size() for t in (self.a, self.b, self.layout, self.bias))
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, meta: StepMetadata) -> None:
-        torch.ops.hydra_kernels.linear_(y, x, self.a, *self._expand_args(), *meta_args(meta))
+        torch.ops.hydra_kernels.linear_(y, x, self.a, *self._expand_args(), *meta_args(meta), *self._probe_args())
 
     def shrink(self, x: torch.Tensor, meta: StepMetadata) -> torch.Tensor:
         z: torch.Tensor = torch.ops.hydra_kernels.shrink(x, self.a, self.layout, *meta_args(meta))
         return z
 
     def expand_(self, y: torch.Tensor, z: torch.Tensor, meta: StepMetadata) -> None:
-        torch.ops.hydra_kernels.expand_(y, z, *self._expand_args(), *meta_args(meta))
+        torch.ops.hydra_kernels.expand_(y, z, *self._expand_args(), *meta_args(meta), *self._probe_args())
 
     def _expand_args(self) -> tuple[torch.Tensor | tuple[int, ...], ...]:
         return self.b, self.layout, self.bias, self.slice_start, self.out_slices
+
+    def _probe_args(self) -> tuple[torch.Tensor | None, int]:
+        return None if self.probe is None else self.probe.control, self.first_router
 
 
 def meta_args(meta: StepMetadata) -> tuple[torch.Tensor, torch.Tensor, int, int]:

@@ -33,9 +33,10 @@ def test_opcheck(device: str) -> None:
     slots, meta, x, y = make(device)
     ops, step = torch.ops.hydra_kernels, meta_args(meta)
     gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
-    torch.library.opcheck(ops.linear_.default, (y, x, slots.a, *gate, *step))
+    probe = None, 0
+    torch.library.opcheck(ops.linear_.default, (y, x, slots.a, *gate, *step, *probe))
     torch.library.opcheck(ops.shrink.default, (x, slots.a, slots.layout, *step))
-    torch.library.opcheck(ops.expand_.default, (y, slots.shrink(x, meta), *gate, *step))
+    torch.library.opcheck(ops.expand_.default, (y, slots.shrink(x, meta), *gate, *step, *probe))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -95,7 +95,9 @@ class Layer:
         from hydra_kernels.ops.expand import expand_
 
         s = self.slots
-        expand_(y, z, s.b, s.layout, s.bias, s.slice_start, s.out_slices, *meta_args(meta), config)
+        probe = None if s.probe is None else s.probe.control
+        step = *meta_args(meta), config, probe, s.first_router
+        expand_(y, z, s.b, s.layout, s.bias, s.slice_start, s.out_slices, *step)
 
     def linear_(
         self,

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hydra_kernels.ops.record import record
 from hydra_kernels.ops.shrink import HAS_ROUTER, RECORD, load_layout, load_tile, load_z, tile_grid, tile_offsets
 from hydra_kernels.tuning import ExpandConfig, expand_config
 from hydra_kernels.tuning.config import power_of_two
@@ -89,6 +90,13 @@ def _gate(logits, top_k, renormalize, BLOCK_HEADS: tl.constexpr):
 
 
 @triton.jit
+def _weights(logits, o_head, gate):
+    """Routing weights [T, H] of the heads in o_head [H], from their logits."""
+    most, total, last, last_head = gate
+    return tl.where(_kept(logits, o_head, last, last_head), tl.exp(logits - most) / total, 0.0)
+
+
+@triton.jit
 def _load_b(p_b, i_k, rank, heads, m_out, ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr):
     """[OUT, K] of B: the columns of the block's units, 0 where a unit has none."""
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -118,12 +126,11 @@ def _build_h(
     """h transposed, [K, T], of the block's units."""
     p_z, m_token, split_stride = z
     rank, heads, a_rows, routed, biased, p_bias = adapter
-    most, total, last, last_head = gate
     unit = i_k * (BLOCK_K // UNIT) + tl.arange(0, BLOCK_K // UNIT)
     units_of_head = tl.cdiv(rank, UNIT)
     head = unit // units_of_head
     logits = _load_logits(p_z + a_rows, p_bias, head, heads, routed, biased, m_token, split_stride, SPLITS)
-    w = tl.where(_kept(logits, head, last, last_head), tl.exp(logits - most) / total, 0.0)  # [T, U]
+    w = _weights(logits, head, gate)  # [T, U]
 
     in_head = (unit - head * units_of_head) * UNIT
     row = in_head + head * tl.where(a_rows == rank, 0, rank)
@@ -178,6 +185,7 @@ def _add_delta(
     a_rows,
     p_bias,
     p_layout,
+    probe,
     K_STRIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -186,6 +194,7 @@ def _add_delta(
     OUT_STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    PROBE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The gate, and y += B h for a program's columns of y."""
@@ -207,6 +216,10 @@ def _add_delta(
     logits = _load_logits(p_z + a_rows, p_bias, o_head, heads, routed, biased, m_token, split_stride, SPLITS)
     top_k = tl.where(routed > 0, tl.load(p_layout + TOP_K), 0)  # of a uniform mixture, all heads count
     gate = _gate(logits, top_k, tl.load(p_layout + RENORMALIZE), BLOCK_HEADS)
+    if PROBE:
+        probe_ptr, token, slot, router, recorder = probe
+        if recorder & (routed > 0):
+            record(probe_ptr, _weights(logits, o_head, gate), o_head, routed, token, m_token, slot, router)
     adapter = (rank, heads, a_rows, routed, biased, p_bias)
     b_h = _build_h(z, adapter, gate, 0, p_b.dtype.element_ty, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K)  # [BK, BT]
 
@@ -227,7 +240,7 @@ def _add_delta(
             p_b += BLOCK_OUT * K_STRIDE
 
 
-@triton.jit(do_not_specialize=["tokens", "programs", "count_at", "tiles_at", "order_at"])
+@triton.jit(do_not_specialize=["tokens", "programs", "count_at", "tiles_at", "order_at", "first_router"])
 def _expand_kernel(
     y_ptr,  # [tokens, >= out]
     z_ptr,  # [SPLITS, SLICES, tokens, ROWS] float32
@@ -236,6 +249,7 @@ def _expand_kernel(
     bias_ptr,  # [slots, SLICES, HEADS] float32
     slice_start_ptr,  # [SLICES + 1]
     meta_ptr,
+    probe_ptr,  # control of a `RoutingProbe`, if PROBE
     tokens,
     out,
     y_stride,
@@ -243,6 +257,7 @@ def _expand_kernel(
     count_at,
     tiles_at,
     order_at,
+    first_router,
     SLICES: tl.constexpr,
     ROWS: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -255,6 +270,7 @@ def _expand_kernel(
     OUT_STEPS: tl.constexpr,  # blocks of out of one program
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    PROBE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     i_out = tl.program_id(0) % programs
@@ -264,8 +280,8 @@ def _expand_kernel(
     i_slice, column, end = _find_slice(slice_start_ptr, i_out, SLICES, BLOCK_OUT * OUT_STEPS, ALIGN)
     if (not exists) | (first_token >= count):
         return
-    record = slot * SLICES + i_slice
-    p_layout, p_bias = layout_ptr + record * RECORD, bias_ptr + record * HEADS
+    i_record = slot * SLICES + i_slice
+    p_layout, p_bias = layout_ptr + i_record * RECORD, bias_ptr + i_record * HEADS
     rank, heads, a_rows, _ = load_layout(p_layout, exists)
     if (rank == 0) | (column >= end):
         return
@@ -277,16 +293,18 @@ def _expand_kernel(
     p_b = b_ptr + (slot * out + o_out)[:, None] * K_STRIDE
     p_z = z_ptr + ((tl.cast(i_slice, tl.int64) * tokens + token) * ROWS)[:, None]
     z = (p_z, m_token, tl.cast(tokens, tl.int64) * SLICES * ROWS)
+    # The first program of a slice records the gate; each of them computes it.
+    probe = (probe_ptr, token, slot, first_router + i_slice, column == tl.load(slice_start_ptr + i_slice))
     # fmt: off
     if rank % UNIT == 0:
         _add_delta(
-            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, K_STRIDE, SPLITS, True,
-            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, BLOCK_K, BLOCK_HEADS, PDL,
+            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, probe, K_STRIDE, SPLITS, True,
+            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, BLOCK_K, BLOCK_HEADS, PROBE, PDL,
         )
     else:
         _add_delta(
-            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, K_STRIDE, SPLITS, False,
-            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, 2 * UNIT, BLOCK_HEADS, PDL,
+            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, probe, K_STRIDE, SPLITS, False,
+            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, 2 * UNIT, BLOCK_HEADS, PROBE, PDL,
         )
     # fmt: on
 
@@ -309,6 +327,8 @@ def expand_(
     max_tokens: int,
     max_slots: int,
     config: ExpandConfig | None = None,
+    probe: torch.Tensor | None = None,
+    first_router: int = 0,
 ) -> None:
     """The gate and the product with B, added to y in place, in one launch.
 
@@ -323,6 +343,7 @@ def expand_(
     layout, bias, slice_start, out_slices: as in `StackedSlots`.
     meta_host, meta_device: the buffer of a `StepMetadata(max_tokens, max_slots)`, which has at most T tokens.
     config:      block sizes, default `tuning.expand_config`. They do not change a bit of the result.
+    probe:       `RoutingProbe.control`, of which slice i is router `first_router` + i; None to record nothing.
 
     Rows without a slot and columns of slices that the slot does not adapt are not touched. Bitwise repeatable; a
     row does not depend on its neighbours; no synchronisation with the host.
@@ -342,11 +363,13 @@ def expand_(
         bias,
         slice_start,
         meta_device,
+        meta_device if probe is None else probe,
         tokens,
         out,
         y.stride(0),
         programs,
         *tile_offsets(config.tile, max_tokens, max_slots),
+        first_router,
         SLICES=slices,
         ROWS=rows,
         K_STRIDE=k,
@@ -359,6 +382,7 @@ def expand_(
         OUT_STEPS=config.out_steps,
         BLOCK_K=config.block_k,
         BLOCK_HEADS=power_of_two(heads),
+        PROBE=probe is not None,
         PDL=config.pdl,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -6,12 +6,14 @@ adapters meet in one batch: its cost grows with the number of segments.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
 
 from hydra_kernels.metadata import HEADER, NUM_SEGMENTS
+from hydra_kernels.probe import ControlField
 from hydra_kernels.reference import gate
 from hydra_kernels.weights import Layout
 
@@ -29,6 +31,25 @@ def layouts(record: list[list[int]]) -> Iterator[tuple[int, Layout]]:
     for i, (rank, heads, shared, top_k, renormalize, router, bias, _) in enumerate(record):
         if rank:
             yield i, Layout(rank, heads, bool(shared), top_k, bool(renormalize), bool(router), bool(bias))
+
+
+def record(probe: torch.Tensor, w: torch.Tensor, slot: int, rows: torch.Tensor, router: int) -> None:
+    """Leave routing weights w [T, E] of the tokens `rows` [T] of a slot where a `RoutingProbe`'s control says."""
+    sums_at, traced, routers, heads = probe[: len(ControlField)].tolist()
+    if traced:
+        for row, address in zip(w, probe[len(ControlField) + rows].tolist(), strict=True):
+            if address:
+                _memory(address + 4 * router * heads, w.shape[1], torch.float32).copy_(row)
+    if sums_at:
+        entropy = -torch.xlogy(w, w).sum(dtype=torch.float64)
+        sums = _memory(sums_at + 8 * (slot * routers + router) * (heads + 1), heads + 1, torch.float64)
+        sums[: w.shape[1]] += w.sum(dim=0, dtype=torch.float64)
+        sums[heads] += entropy
+
+
+def _memory(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor [count] over memory that something else owns."""
+    return torch.frombuffer((ctypes.c_byte * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor, layout: torch.Tensor, meta: torch.Tensor, max_slots: int) -> torch.Tensor:
@@ -49,6 +70,8 @@ def expand_(
     out_slices: Sequence[int],
     meta: torch.Tensor,
     max_slots: int,
+    probe: torch.Tensor | None = None,
+    first_router: int = 0,
 ) -> None:
     start = [0, *accumulate(out_slices)]
     for slot, rows in segments(meta, max_slots):
@@ -60,5 +83,7 @@ def expand_(
             if logits is not None and lay.has_bias:  # else the slot's bias is what an earlier adapter left there
                 logits = logits + bias[slot, i, : lay.heads]
             w = gate(logits, lay, rows.numel(), torch.float32).to(z.device)
+            if lay.has_router and probe is not None and probe.device.type == "cpu":
+                record(probe, w, slot, rows, first_router + i)
             h = (w[:, :, None] * u).flatten(1).to(b.dtype)
             y[rows, start[i] : start[i + 1]] += (h @ b[slot, start[i] : start[i + 1], : lay.k].T).to(y.dtype)

@@ -18,11 +18,12 @@ from hydra_kernels.tuning import expand_config
 # The registrations last as long as this object.
 LIBRARY = torch.library.Library("hydra_kernels", "FRAGMENT")
 
+PROBE = "Tensor? probe, int first_router"
 META = "Tensor meta_host, Tensor meta_device, int max_tokens, int max_slots"
 B_AND_GATE = "Tensor b, Tensor layout, Tensor bias, Tensor slice_start, int[] out_slices"
 LIBRARY.define(f"shrink(Tensor x, Tensor a, Tensor layout, {META}) -> Tensor")
-LIBRARY.define(f"expand_(Tensor(y!) y, Tensor z, {B_AND_GATE}, {META}) -> ()")
-LIBRARY.define(f"linear_(Tensor(y!) y, Tensor x, Tensor a, {B_AND_GATE}, {META}) -> ()")
+LIBRARY.define(f"expand_(Tensor(y!) y, Tensor z, {B_AND_GATE}, {META}, {PROBE}) -> ()")
+LIBRARY.define(f"linear_(Tensor(y!) y, Tensor x, Tensor a, {B_AND_GATE}, {META}, {PROBE}) -> ()")
 
 
 @torch.library.impl(LIBRARY, "shrink", "CompositeExplicitAutograd")
@@ -51,8 +52,10 @@ def _expand(
     _meta_device: torch.Tensor,
     _max_tokens: int,
     max_slots: int,
+    probe: torch.Tensor | None,
+    first_router: int,
 ) -> None:
-    grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots)
+    grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router)
 
 
 @torch.library.impl(LIBRARY, "linear_", "CompositeExplicitAutograd")
@@ -69,10 +72,12 @@ def _linear(
     _meta_device: torch.Tensor,
     _max_tokens: int,
     max_slots: int,
+    probe: torch.Tensor | None,
+    first_router: int,
 ) -> None:
     if int(meta_host[NUM_SEGMENTS]) > 0:
         z = grouped.shrink(x, a, layout, meta_host, max_slots)
-        grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots)
+        grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router)
 
 
 def _nothing_to_do(rows: torch.Tensor, meta_host: torch.Tensor) -> bool:
@@ -116,13 +121,15 @@ def _expand_cuda(
     meta_device: torch.Tensor,
     max_tokens: int,
     max_slots: int,
+    probe: torch.Tensor | None,
+    first_router: int,
 ) -> None:
     if _nothing_to_do(y, meta_host):
         return
     from hydra_kernels.ops.expand import expand_
 
     meta = meta_host, meta_device, max_tokens, max_slots
-    expand_(y, z.contiguous(), b, layout, bias, slice_start, out_slices, *meta)
+    expand_(y, z.contiguous(), b, layout, bias, slice_start, out_slices, *meta, None, probe, first_router)
 
 
 @torch.library.impl(LIBRARY, "linear_", "CUDA")
@@ -139,6 +146,8 @@ def _linear_cuda(
     meta_device: torch.Tensor,
     max_tokens: int,
     max_slots: int,
+    probe: torch.Tensor | None,
+    first_router: int,
 ) -> None:
     if _nothing_to_do(x, meta_host):
         return
@@ -148,7 +157,7 @@ def _linear_cuda(
     meta = meta_host, meta_device, max_tokens, max_slots
     config = expand_config(y.device, y.dtype, y.shape[0], b.shape[1], b.shape[2], len(out_slices))
     z = shrink_partials(x, a, layout, *meta, pdl=config.pdl)
-    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, config=config)
+    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, config, probe, first_router)
 
 
 @torch.library.register_fake("hydra_kernels::shrink", lib=LIBRARY)

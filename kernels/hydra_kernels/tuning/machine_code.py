@@ -30,7 +30,7 @@ from hydra_kernels.tuning.config import ExpandConfig, ShrinkConfig
 from hydra_kernels.tuning.shapes import LayerShape
 from hydra_kernels.weights import LAYOUT_FIELDS
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
 
 
@@ -99,8 +99,12 @@ def linear_launches(
     shrink_config: ShrinkConfig | None = None,
     expand_config: ExpandConfig | None = None,
     slots: int = 8,
+    probe: bool = False,
 ) -> tuple[Launch, Launch]:
-    """The shrink and the expand of one call on a GPU for which nothing was measured, or with the given block sizes."""
+    """The shrink and the expand of one call on a GPU for which nothing was measured, or with the given block sizes.
+
+    probe: with the recording of routing weights.
+    """
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
@@ -118,7 +122,8 @@ def linear_launches(
     with recorded() as launches:
         z = shrink.shrink_partials(empty(tokens, shape.in_features), a, layout, *step, shrink_config, pdl)
         y = empty(tokens, shape.out)
-        expand.expand_(y, z, b, layout, bias, starts, shape.out_slices, *step, expand_config)
+        control = empty(tokens, dtype=torch.int64) if probe else None
+        expand.expand_(y, z, b, layout, bias, starts, shape.out_slices, *step, expand_config, control)
     return launches[0], launches[1]
 
 
