@@ -2,13 +2,15 @@
 #
 #   VARIANT=cpu|cuda    which build of vLLM; by default CUDA where nvidia-smi lists a GPU
 #   PYTHON=python3.12   the interpreter that .venv is made from, 3.11 or newer
-#   ARGS="..."          further arguments for what the verb runs
+#   ARGS="..."          further arguments for what the verb runs (bench: for the kernels' benchmarks)
+#   BENCH_ARGS="..."    of `hydraserve bench`, for example BENCH_ARGS="--reference --repeats 5"
 
 PYTHON ?= python3
 VARIANT ?= auto
 MODEL ?= demo
 ADAPTERS ?= $(patsubst %/,%,$(wildcard examples/adapters/*/))
 ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 INSTALL = @$(PYTHON) scripts/install.py --variant $(VARIANT)
@@ -37,6 +39,7 @@ lint: ## ruff, mypy and the layer contracts
 
 check: lint test ## lint, then test: what a change has to pass
 
-bench: ## the kernels' benchmarks; results are kept beside them
+bench: ## the kernels' benchmarks, then MODEL end to end; results in kernels/benchmarks/results and build/bench.json
 	$(INSTALL) dev
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	$(BIN)/hydraserve bench --model $(MODEL) --output build/bench.json --plot build/bench.png $(BENCH_ARGS)

@@ -20,8 +20,8 @@ Device = Literal["cpu", "gpu"]
 MIB, GIB = 1 << 20, 1 << 30
 
 # Memory of a running server on a CPU beside weights, KV cache and adapters: its three processes with Python, torch and
-# vLLM in each. Measured with vLLM 0.32 on x86-64, see docs/benchmarks.md.
-CPU_PROCESSES_BYTES = int(2.0 * GIB)
+# vLLM in each, and a compiled model. Measured with vLLM 0.32 on x86-64, see docs/benchmarks.md.
+CPU_PROCESSES_BYTES = int(2.25 * GIB)
 # The same on a GPU: CUDA context and libraries, CUDA graphs. vLLM's default --gpu-memory-utilization leaves a tenth of
 # the memory free beyond that.
 GPU_CONTEXT_BYTES = int(1.0 * GIB)
@@ -29,7 +29,11 @@ GPU_UTILIZATION = 0.9
 # Share of a CPU machine's memory to use when nothing else is said: the rest is the system's.
 CPU_UTILIZATION = 0.9
 
+
+# vLLM's defaults by device: tokens in a block of the KV cache, tokens in a step; and requests in a step.
 KV_BLOCK_TOKENS: dict[Device, int] = {"cpu": 128, "gpu": 16}
+BATCHED_TOKENS: dict[Device, int] = {"cpu": 2048, "gpu": 8192}
+SEQUENCES = 256
 
 # Of what is left beside the weights: the most that slots may take, and the most of the host for waiting adapters.
 # The KV cache decides how many requests run at once, so it keeps the larger part.
@@ -149,9 +153,9 @@ class Wish:
     """What is to be served, and where.
 
     layout:      of the adapters, all of one size; targets: last name components of their layers, None: all.
-    adapters:    how many there are; concurrency: requests at one time; slots: None: chosen.
+    adapters:    how many there are; concurrency: requests that may meet in a batch; slots: None: chosen.
     device:      "gpu": memory is one GPU's, host that of the machine. "cpu": memory is the machine's, host unused.
-    utilization: share of `memory` that may be used.
+    dtype:       of the engine, None: the model's own, of 16 bits. utilization: share of `memory` that may be used.
     """
 
     layout: Layout
@@ -162,10 +166,13 @@ class Wish:
     concurrency: int = 64
     slots: int | None = None
     targets: tuple[str, ...] | None = None
-    dtype_bytes: int = 2
+    dtype: str | None = None
     tensor_parallel: int = 1
     utilization: float = GPU_UTILIZATION
-    batched_tokens: int = 8192
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -209,10 +216,9 @@ class MemoryPlan:
     @property
     def overhead(self) -> int:
         """Everything beside weights, slots, waiting adapters and KV cache. An estimate."""
-        if self.wish.device == "cpu":
-            return CPU_PROCESSES_BYTES
         wish = self.wish
-        return GPU_CONTEXT_BYTES + activation_bytes(self.base, wish.batched_tokens, wish.concurrency, wish.dtype_bytes)
+        fixed = CPU_PROCESSES_BYTES if wish.device == "cpu" else GPU_CONTEXT_BYTES
+        return fixed + activation_bytes(self.base, BATCHED_TOKENS[wish.device], SEQUENCES, wish.dtype_bytes)
 
     @cached_property
     def left(self) -> int:
@@ -267,6 +273,8 @@ class MemoryPlan:
         flags += ["--max-rank", str(layout.rank), "--max-heads", str(layout.heads)]
         if self.wish.targets is not None:
             flags += ["--target-modules", ",".join(self.wish.targets)]
+        if self.wish.dtype is not None:
+            flags += ["--dtype", self.wish.dtype]
         if self.wish.tensor_parallel > 1:
             flags += ["--tensor-parallel-size", str(self.wish.tensor_parallel)]
         if self.wish.device == "cpu":

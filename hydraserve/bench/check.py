@@ -34,10 +34,10 @@ class Checked:
 
     @property
     def agrees(self) -> bool:
-        return abs(self.difference) <= TOLERANCE
+        return abs(self.found - self.planned) <= TOLERANCE * self.planned
 
 
-def check_plan(model: str, plan: MemoryPlan, dtype: str, folder: Path) -> list[Checked]:
+def check_plan(model: str, plan: MemoryPlan, folder: Path) -> list[Checked]:
     """KV tokens, and on a CPU the memory of all processes with as many random adapters loaded as there are slots.
 
     The adapters that only wait are not made: a plan for thousands can be checked in a minute.
@@ -49,9 +49,9 @@ def check_plan(model: str, plan: MemoryPlan, dtype: str, folder: Path) -> list[C
     adapters = {f"a{seed}": folder / f"a{seed}" for seed in range(plan.slots)}
     layout = plan.wish.layout
     for seed, path in enumerate(adapters.values()):
-        adapter = make_adapter(plan.shapes, None, layout.rank, layout.heads, seed, dtype=getattr(torch, dtype))
+        adapter = make_adapter(plan.shapes, None, layout.rank, layout.heads, seed, dtype=torch.bfloat16)
         save_adapter(adapter, path)
-    arguments = ["--model", model, "--served-model-name", BASE, "--dtype", dtype, *plan.flags()]
+    arguments = ["--model", model, "--served-model-name", BASE, *plan.flags()]
     for name, path in adapters.items():
         arguments += ["--adapter", f"{name}={path}"]
     with ServerProcess(arguments, folder / "server.log") as server:

@@ -196,7 +196,7 @@ def _http_target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> Iterato
         yield HttpTarget(spec.url, None)
         return
     ours = spec.kind == "hydraserve"
-    env = {**env, "HYDRASERVE_PLUGIN": "1" if ours else "0"}
+    env = {**env, "HYDRASERVE_PLUGIN": "1" if ours else "0", "VLLM_NO_USAGE_STATS": "1"}
     with ServerProcess(spec.arguments, log, env, command=HYDRASERVE if ours else VLLM) as server:
         assert server.process is not None
         yield HttpTarget(server.url, server.process.pid)

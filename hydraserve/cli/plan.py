@@ -37,14 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=4, help="of the adapters (default: %(default)s)")
     parser.add_argument("--target-modules", metavar="NAME,...", help="adapted layers (default: all linear layers)")
     parser.add_argument("--adapters", type=int, default=1, help="how many there are (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=64, help="requests at one time (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=64,
+        help="requests that meet in a batch, which more slots are no use for (default: %(default)s)",
+    )
     parser.add_argument("--slots", type=int, help="adapters in one batch (default: chosen)")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="(default: what this machine's torch is built for)")
     parser.add_argument("--memory", help="of one GPU, or of the machine: 80GiB, 24GB (default: this machine's)")
     parser.add_argument("--host-memory", help="beside the GPU, for waiting adapters (default: this machine's)")
     parser.add_argument("--utilization", type=float, help="share of --memory to use (default: 0.9)")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: the model's own)")
     parser.add_argument("--max-model-len", type=int, help="to tell how many requests of this length fit")
     parser.add_argument("--json", action="store_true", help="print numbers for a program")
     parser.add_argument(
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     wish = read_wish(args)
     model = resolve_model(args.model)
     plan = MemoryPlan(BaseSize.of(model, wish.dtype_bytes), wish)
-    checked = check(model, plan, args.dtype) if args.check and plan.kv_tokens else []
+    checked = check(model, plan) if args.check and plan.kv_tokens else []
     if args.json:
         print(json.dumps(as_json(plan, args.model, checked), indent=1))
     else:
@@ -90,7 +95,7 @@ def read_wish(args: argparse.Namespace) -> Wish:
         concurrency=args.concurrency,
         slots=args.slots,
         targets=tuple(args.target_modules.split(",")) if args.target_modules else None,
-        dtype_bytes=4 if args.dtype == "float32" else 2,
+        dtype=args.dtype,
         tensor_parallel=args.tensor_parallel_size,
         utilization=utilization,
     )
@@ -126,12 +131,12 @@ def parse_bytes(text: str, flag: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def check(model: str, plan: MemoryPlan, dtype: str) -> list[Checked]:
+def check(model: str, plan: MemoryPlan) -> list[Checked]:
     """Start the server as planned and compare."""
     from hydraserve.bench.check import check_plan
 
     with tempfile.TemporaryDirectory(prefix="hydraserve-plan-") as folder:
-        return check_plan(model, plan, dtype, Path(folder))
+        return check_plan(model, plan, Path(folder))
 
 
 def show(plan: MemoryPlan, model: str, max_model_len: int | None, checked: list[Checked]) -> None:

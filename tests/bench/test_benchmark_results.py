@@ -1,0 +1,90 @@
+"""The committed results: docs/benchmarks.md says what the files say, and targets are judged as they should be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydraserve.bench.arms import Arm
+from hydraserve.bench.check import Checked
+from hydraserve.bench.result import CellRuns, Result, save
+from hydraserve.bench.workload import Load
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import run as benchmarks  # noqa: E402
+import targets  # noqa: E402
+
+
+def test_the_document_is_made_from_the_result_files() -> None:
+    text = benchmarks.DOCUMENT.read_text()
+    assert text.count("<!-- table ") == text.count("<!-- end -->") >= 8
+    assert benchmarks.with_tables(text) == text, "python benchmarks/run.py --docs"
+
+
+def test_every_result_file_is_in_the_document() -> None:
+    text = benchmarks.DOCUMENT.read_text()
+    missing = [file.name for file in benchmarks.RESULTS.glob("*.json") if f"<!-- table {file.stem} -->" not in text]
+    assert missing == []
+
+
+def test_result_files_say_where_they_come_from() -> None:
+    for file in benchmarks.RESULTS.glob("*.json"):
+        result = json.loads(file.read_text())
+        assert result["provenance"]["machine"]["cpu"], file
+        assert result["provenance"]["versions"]["torch"], file
+        assert result["provenance"]["commit"]["changed_files"] is False, f"{file} was not measured at a commit"
+        assert result.get("complete", True) is True, file
+        assert not any(path in file.read_text() for path in ("/home", "/root", "/tmp")), file
+
+
+def test_every_target_has_its_measurement() -> None:
+    for target in targets.TARGETS:
+        arguments = benchmarks.BENCH[target.file][1].split()
+        batches = arguments[arguments.index("--batch") + 1].split(",")
+        assert str(target.batch) in batches, target
+        counts = arguments[arguments.index("--adapters") + 1].split(",")
+        for arm in (target.arm, target.base):
+            if arm not in ("off", "base-only"):
+                assert arm.rpartition("-")[2] in counts, target
+
+
+def result_file(folder: Path, **speeds: list[float]) -> Path:
+    """tok/s of each repeat by arm, at batch 8."""
+    cells = []
+    for name, values in speeds.items():
+        cell = CellRuns(Arm(name, name, "hydra", "s", ("m",), 1), Load(concurrency=8))
+        for value in values:
+            cell.add({targets.TOKENS: value}, {}, [])
+        cells.append(cell)
+    save(Result({}, None, cells, complete=True).to_json(), folder / "f.json")
+    return folder
+
+
+def judged(folder: Path, **changes: Any) -> list[str]:
+    target = targets.Target("t", "f", "arm", "base", 8, targets.TOKENS, 2.0, **changes)
+    return [cell.strip() for cell in targets.table(folder, targets=[target]).splitlines()[2].strip("|").split("|")]
+
+
+def test_a_target_is_judged_by_the_median_of_paired_ratios(tmp_path: Path) -> None:
+    folder = result_file(tmp_path, arm=[10.0, 30.0, 21.0], base=[10.0, 10.0, 10.0])
+    assert judged(folder) == ["t", "8", "at most 2.00", "2.10 [1.00..3.00]", "**missed**"]
+    assert judged(folder, at_least=True)[2:] == ["at least 2.00", "2.10 [1.00..3.00]", "met"]
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    assert judged(tmp_path)[3:] == ["-", "not measured"]
+    assert judged(result_file(tmp_path, arm=[1.0]))[3:] == ["-", "not measured"]
+    assert "Not measured yet" in benchmarks.table("no-such-measurement")
+
+
+def test_a_checked_plan_agrees_within_five_percent() -> None:
+    assert Checked("x", 1000, 1050).agrees
+    assert Checked("x", 1000, 950).agrees
+    assert not Checked("x", 1000, 1051).agrees
+    assert Checked("x", 1000, 900).difference == pytest.approx(-0.1)
