@@ -4,7 +4,8 @@
 
 Compiles what the launchers would launch on a GPU for which nothing was measured, for the layers of Llama-2-7B,
 Llama-3-8B and Llama-3-70B, r=8 E=4 and r=16 E=8 (for one layer also r=64 E=8, whose K takes several blocks, other
-dtypes, and with a routing probe), decode and prefill, on sm_80 and sm_90. Layers whose launches are the same code are one entry. Exits with 1 when any kernel spills.
+dtypes, and with a routing probe), decode and prefill, on sm_80 and sm_90. Layers whose launches are the same code are
+one entry. Exits with 1 when any kernel spills.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def test_the_kernels_use_the_table_of_their_gpu(made_up_gpu: Path) -> None:
 @pytest.mark.usefixtures("made_up_gpu")
 def test_without_a_table_there_are_defaults() -> None:
     found = tuning.expand_config(torch.device("cuda"), torch.bfloat16, 2000, 6144, 128, 3)
-    assert found == default_expand(2048, 6144, 128, 2)
+    assert found == default_expand(2048, 128, 2)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_there_are_defaults_for_every_shape() -> None:
             for tokens in (1, 2, 16, 64, 512, 1024, 8192, 1 << 20):
                 for itemsize in (2, 4):
                     shrink = default_shrink(tokens, layout.z_rows, len(layer.out_slices), itemsize)
-                    default_expand(tokens, layer.out, layout.k, itemsize)
+                    default_expand(tokens, layout.k, itemsize)
                     if tokens == 1:
                         assert shrink.splits(layer.in_features) >= 8
 

@@ -136,15 +136,12 @@ def _shrink_kernel(
         acc = tl.dot(b_a, b_x, acc, input_precision="ieee")
         p_a += BLOCK_IN
         p_x += BLOCK_IN
-        if CHUNKS > 1:
-            # No branch: the loop keeps its pipeline, and adding 0 changes no bit.
-            last = (i + 1) % steps_of_chunk == 0
-            group += tl.where(last, acc, 0.0)
-            acc = tl.where(last, 0.0, acc)
-            if CHUNKS > GROUP:
-                last = (i + 1) % (steps_of_chunk * GROUP) == 0
-                total += tl.where(last, group, 0.0)
-                group = tl.where(last, 0.0, group)
+        if CHUNKS > 1 and (i + 1) % steps_of_chunk == 0:
+            group += acc
+            acc = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], dtype=tl.float32)
+            if CHUNKS > GROUP and (i + 1) % (steps_of_chunk * GROUP) == 0:
+                total += group
+                group = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], dtype=tl.float32)
     result = total + (group + acc)
 
     p_z = z_ptr + ((tl.cast(i_split, tl.int64) * SLICES + i_slice) * tokens + token)[None, :] * Z_ROWS + o_row[:, None]

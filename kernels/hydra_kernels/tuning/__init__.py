@@ -38,7 +38,7 @@ def _shrink(
 @cache
 def _expand(device: torch.device, dtype: torch.dtype, tokens: int, out: int, k: int, slices: int) -> ExpandConfig:
     found = _find("expand", device, dtype, (out, k, slices), tokens)
-    return found if isinstance(found, ExpandConfig) else default_expand(tokens, out, k, dtype.itemsize)
+    return found if isinstance(found, ExpandConfig) else default_expand(tokens, k, dtype.itemsize)
 
 
 def _find(

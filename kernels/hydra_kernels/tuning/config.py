@@ -106,15 +106,18 @@ def default_shrink(tokens: int, rows: int, slices: int, itemsize: int) -> Shrink
     if tokens <= 512:  # few tiles
         chunks = 1 if -(-tokens // 16) * parts < 32 else GROUP_CHUNKS
         return ShrinkConfig(16, chunks, block_rows, 256 if block_rows == 16 else 128)
-    chunks = MAX_CHUNKS if tokens // 64 * parts >= 256 else GROUP_CHUNKS
+    chunks = MAX_CHUNKS if tokens // 64 * parts >= 128 else GROUP_CHUNKS
     return ShrinkConfig(64, chunks, block_rows, 128)
 
 
-def default_expand(tokens: int, out: int, k: int, itemsize: int) -> ExpandConfig:
+def default_expand(tokens: int, k: int, itemsize: int) -> ExpandConfig:
     """Sizes for want of measured ones: enough programs for a GPU of some hundred multiprocessors, by arithmetic."""
     block_k = max(power_of_two(k), 16)
     if block_k > 128 or itemsize == 4:  # several blocks, each of which is built in registers
         block_k = 32 if itemsize == 4 else 64
     if itemsize == 4 or tokens <= 512:
         return ExpandConfig(16, 16, 64, 1, block_k)
-    return ExpandConfig(64, 32, 64, 4 if out >= 1024 and k <= block_k else 1, block_k)
+    if k > block_k:
+        return ExpandConfig(64, 32, 64, 1, block_k)
+    # From 8192 tokens on, shrink leaves one partial sum, and h of 64 tokens fits the registers.
+    return ExpandConfig(64, 64, 64, 8, block_k) if tokens >= 8192 else ExpandConfig(64, 32, 64, 4, block_k)
