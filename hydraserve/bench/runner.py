@@ -129,13 +129,17 @@ class Runner:
         """Warm up every cell, then repeat by repeat all of them in turn."""
         for cell in cells:
             self.progress.note(f"warming up {cell.arm.label}, {cell.load.label}")
-            _refuse_failures(cell, self.drive(cell, self.warmup_requests(cell)))
+            self.warm_up(cell)
         for repeat in range(self.settings.repeats):
             for cell in cells:
                 self.progress.note(f"repeat {repeat + 1}: {cell.arm.label}, {cell.load.label}")
                 self.measure_once(cell, self.settings.seed + repeat)
                 self.progress.run_done()
                 self.on_run()
+
+    def warm_up(self, cell: CellRuns) -> None:
+        """Raises EngineError when a request fails: the cell would only measure errors."""
+        _refuse_failures(cell, self.drive(cell, self.warmup_requests(cell)))
 
     def warmup_requests(self, cell: CellRuns) -> list[Request]:
         """Every adapter once and the cell's whole concurrency, with prompts of no measured run, and short answers."""
@@ -145,8 +149,13 @@ class Runner:
         return [replace(r, at=0.0, output_tokens=min(r.output_tokens, WARMUP_TOKENS)) for r in requests]
 
     def measure_once(self, cell: CellRuns, seed: int) -> None:
-        """One run of a cell, added to its runs."""
+        """One run of a cell, added to its runs.
+
+        A server that stood idle while others were measured answers its first requests more slowly (on two cores the
+        first tokens took twice as long), so it is woken before each run.
+        """
         target = self.targets[cell.arm.server]
+        self.warm_up(cell)
         requests = self.workload.requests(self.settings.count(cell.load), cell.arm.models, cell.load, seed)
         before = scrape(target.url) if target.url else Scrape()
         neighbours = Neighbours(target.leader) if target.leader else None
@@ -210,7 +219,6 @@ def _memory_metrics(target: Target) -> Metrics:
 
 
 def _refuse_failures(cell: CellRuns, records: Sequence[RequestRecord]) -> None:
-    """A cell whose warm-up fails would only measure errors. Raises EngineError."""
     errors = [record.error for record in records if record.error is not None]
     if errors:
         raise EngineError(

@@ -32,17 +32,25 @@ def test_arms_take_turns_within_each_repeat(fake_server: FakeServer, tmp_path: P
     measured.run()
     cells = [(cell.load.concurrency, cell.arm.adapters) for cell in measured.result.cells]
     assert cells == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)], "two adapters do not fit into a batch of one"
-    warmup, runs = 1 + 1 + 2 + 2 + 2, 3 + 3 + 6 + 6 + 6
+    warmups, runs = (1, 1, 2, 2, 2), (3, 3, 6, 6, 6)
     bodies = fake_server.bodies
-    assert len(bodies) == warmup + 2 * runs
-    first, second = bodies[warmup : warmup + runs], bodies[warmup + runs :]
-    assert [body["model"] for body in first[:6]] == ["base"] * 3 + ["one"] * 3
-    assert sorted(str(body["model"]) for body in first[-6:]) == ["one"] * 3 + ["two"] * 3
-    assert [body["model"] for body in first] == [body["model"] for body in second]
-    assert [body["prompt"] for body in first[:3]] == [body["prompt"] for body in first[3:6]], (
-        "same prompts for each arm"
-    )
-    assert {tuple(body["prompt"]) for body in first}.isdisjoint(tuple(body["prompt"]) for body in second)  # type: ignore[arg-type]
+    assert len(bodies) == sum(warmups) + 2 * (sum(warmups) + sum(runs))
+    start = sum(warmups)
+    repeats: list[list[list[dict[str, object]]]] = [[], []]
+    for repeat in repeats:
+        for warmup, run in zip(warmups, runs, strict=True):  # the server is woken before each run
+            repeat.append(bodies[start + warmup : start + warmup + run])
+            start += warmup + run
+    first, second = repeats
+    assert [{body["model"] for body in run} for run in first] == [{"base"}, {"one"}, {"base"}, {"one"}, {"one", "two"}]
+    assert [{body["model"] for body in run} for run in second] == [{body["model"] for body in run} for run in first]
+    assert prompts(first[0]) == prompts(first[1]), "the same for each arm"
+    assert prompts(first[2]) == prompts(first[4])
+    assert not prompts(first[0]) & prompts(second[0]), "others in each repeat"
+
+
+def prompts(bodies: list[dict[str, object]]) -> set[str]:
+    return {str(body["prompt"]) for body in bodies}
 
 
 def test_a_result_has_every_run_and_what_they_come_to(fake_server: FakeServer, tmp_path: Path) -> None:
