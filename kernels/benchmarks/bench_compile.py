@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import triton
 from hydra_kernels.tuning.machine_code import Launch, MachineCode, Specialisation, compile_launch, linear_launches
 from hydra_kernels.tuning.shapes import ADAPTERS, MODELS, LayerShape, capacity
 from hydra_kernels.weights import Layout
@@ -106,7 +107,7 @@ def print_table(entries: list[dict[str, object]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compile_sm80_sm90.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"compile_triton_{triton.__version__}.json")
     parser.add_argument("--quick", action="store_true", help="one layer of each model, to see that it runs")
     options = parser.parse_args()
     entries = []

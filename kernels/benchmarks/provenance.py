@@ -11,11 +11,13 @@ PACKAGES = ("torch", "triton", "vllm")
 
 
 def commit() -> str:
-    """The commit, with "-dirty" when files of the kernels differ from it; "unknown" outside a repository."""
+    """The commit, with "-dirty" when the kernels' files differ from it, results aside; "unknown" outside a repository."""
     kernels = Path(__file__).parents[1]
     try:
         head = _git("rev-parse", "--short=12", "HEAD", folder=kernels)
-        return head + ("-dirty" if _git("status", "--porcelain", "--", ".", folder=kernels) else "")
+        return head + (
+            "-dirty" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results", folder=kernels) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

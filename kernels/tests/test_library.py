@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from hydra_kernels import Layout, StepMetadata, reference, testing
+from hydra_kernels.ops import library
 from hydra_kernels.slots import StackedSlots, meta_args
 from triton_cases import GPU, on_gpu
 
@@ -69,6 +72,36 @@ def test_compiled_function_calls_the_op_with_the_step_of_the_call() -> None:
         meta.update(ids)
         expected = reference.linear(y + 1, x, ids, held, OUT, torch.float64)
         assert testing.max_error(layer(y, x), expected) < testing.TOLERANCE[torch.float32]
+
+
+def codes(machine_code: Any, launches: Sequence[Any]) -> set[tuple[str, ...]]:
+    """What makes launches different machine code."""
+    of = machine_code.Specialisation.of
+    return {(x.kernel.__name__, str(of(x)), str(x.options)) for x in launches}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_warm_up_leaves_nothing_to_compile(dtype: torch.dtype) -> None:
+    """Whatever the number of tokens, a later call launches only what the warm-up launched."""
+    machine_code = pytest.importorskip("hydra_kernels.tuning.machine_code", reason="Triton is not installed")
+    from hydra_kernels.ops import expand, shrink
+
+    slots = StackedSlots(2, 2048, OUT, testing.capacity_for(LAYOUTS), dtype, "cpu")
+    with machine_code.recorded() as launches:
+        library.launch_empty_steps(slots, 20000)
+    assert all(launch.grid[0] == 0 or launch.kernel.__name__ == "_sum_kernel" for launch in launches)
+    known = codes(machine_code, launches)
+    gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
+    for tokens in (1, 2, 3, 16, 17, 500, 512, 513, 2047, 8191, 8192, 8193, 20000):
+        meta = StepMetadata(20000, 2)
+        meta.update([0] * tokens)
+        with machine_code.recorded() as launches:
+            z = shrink.shrink_partials(torch.empty(tokens, 2048, dtype=dtype), slots.a, slots.layout, *meta_args(meta))
+            expand.expand_(torch.empty(tokens, sum(OUT), dtype=dtype), z, *gate, *meta_args(meta))
+            z = shrink.sum_partials(z, slots.capacity.rows, slots.layout, meta.device, meta.max_tokens, 2)
+            expand.expand_(torch.empty(tokens, sum(OUT), dtype=dtype), z, *gate, *meta_args(meta))
+        assert len(launches) == 4
+        assert codes(machine_code, launches) <= known, tokens
 
 
 @on_gpu

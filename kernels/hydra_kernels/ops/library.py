@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from hydra_kernels.metadata import NUM_SEGMENTS, NUM_TOKENS
+from hydra_kernels.metadata import NUM_SEGMENTS, NUM_TOKENS, StepMetadata
 from hydra_kernels.ops import grouped
+from hydra_kernels.slots import StackedSlots, meta_args
 from hydra_kernels.tuning import expand_config
 
 # The registrations last as long as this object.
@@ -177,3 +178,33 @@ def _shrink_fake(
 @torch.library.register_fake("hydra_kernels::linear_", lib=LIBRARY)
 def _in_place_fake(*_: object) -> None:
     return None
+
+
+def warm_up(slots: StackedSlots, max_tokens: int) -> None:
+    """Compile the kernels for every number of tokens up to `max_tokens`, so that no later step waits for a compiler.
+
+    Without a GPU there is nothing to compile. Slots may be empty; what they hold is neither read nor changed.
+    """
+    if slots.device.type == "cuda":
+        launch_empty_steps(slots, max_tokens)
+
+
+def launch_empty_steps(slots: StackedSlots, max_tokens: int) -> None:
+    """Every launch that steps of up to `max_tokens` tokens can make, with a step that has no work for them."""
+    from hydra_kernels.ops.expand import expand_
+    from hydra_kernels.ops.shrink import shrink_partials, sum_partials
+
+    meta = StepMetadata(max_tokens, slots.num_slots, slots.device)
+    step, slices, rows = meta_args(meta), slots.a.shape[1], slots.a.shape[2]
+    gate = slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices
+    x = torch.empty(max_tokens, slots.in_features, dtype=slots.dtype, device=slots.device)
+    y = torch.empty(max_tokens, sum(slots.out_slices), dtype=slots.dtype, device=slots.device)
+    probe = None if slots.probe is None else slots.probe.control
+    # Block sizes are chosen by powers of two.
+    for tokens in [1 << bits for bits in range((max_tokens - 1).bit_length())] + [max_tokens]:
+        config = expand_config(slots.device, slots.dtype, tokens, slots.b.shape[1], slots.b.shape[2], slices)
+        z = shrink_partials(x[:tokens], slots.a, slots.layout, *step, pdl=config.pdl)
+        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router)
+        z = shrink_partials(x[:tokens], slots.a, slots.layout, *step)
+        z = sum_partials(z, rows, slots.layout, meta.device, meta.max_tokens, meta.max_slots)
+        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router)
