@@ -11,7 +11,7 @@ PACKAGES = ("torch", "triton", "vllm")
 
 
 def commit() -> str:
-    """The commit, with "-dirty" when the kernels' files differ from it, results aside; "unknown" outside a repository."""
+    """The commit, with "-dirty" when files of the kernels (but results) differ; "unknown" outside a repository."""
     kernels = Path(__file__).parents[1]
     try:
         head = _git("rev-parse", "--short=12", "HEAD", folder=kernels)
