@@ -1,7 +1,7 @@
 """Accuracy per task of adapters on a running server, through its OpenAI API.
 
     hydraserve --model demo --adapter desk=examples/adapters/desk --adapter words=examples/adapters/words
-    python examples/evaluate.py --data runs/data/desk/held_out.jsonl --models desk SmolLM2-135M-Instruct
+    python examples/evaluate.py --data runs/data-800/desk/held_out.jsonl --models desk SmolLM2-135M-Instruct
 
 An answer counts when it is exactly the expected text (surrounding white space apart). Greedy decoding.
 """

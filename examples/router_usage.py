@@ -1,6 +1,6 @@
 """Which heads an adapter's router uses for which task, offline: one forward pass over questions and answers.
 
-    python examples/router_usage.py examples/adapters/desk --data runs/data/desk/held_out.jsonl
+    python examples/router_usage.py examples/adapters/desk --data runs/data-800/desk/held_out.jsonl
 
 Prints, for each task and kind of layer, each head's mean share of the answers' tokens, and how far the tasks' shares
 are from one another (total variation distance: 0 the same, 1 disjoint).

@@ -53,11 +53,16 @@ def test_train_examples_gives_commands_that_train_accepts(tmp_path: Path, monkey
     monkeypatch.setattr(module, "hydraserve", record)
     monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path), "--compare", "--seeds", "0", "1"])
     module.main()
-    assert [s.output.name for s in given[:4]] == ["desk", "words", "desk-lora", "words-lora"]
-    assert [s.output.name for s in given[4:]] == ["desk-seed1", "words-seed1", "desk-lora-seed1", "words-lora-seed1"]
+    names = ("desk", "words", "desk-lora", "words-lora")
+    assert [s.output.name for s in given] == [f"compare-{name}-seed{seed}" for seed in (0, 1) for name in names]
     assert {s.alpha / s.rank for s in given} == {2.0}
+    assert given[0].data[0].read_text().count("\n") == 1000
     module.main()
     assert len(given) == 8, "adapters that are there are kept"
+    monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path), "--only", "words"])
+    module.main()
+    assert [s.output.name for s in given[8:]] == ["words"]
+    assert given[8].data[0].read_text().count("\n") == 4000
 
 
 class Answers(BaseHTTPRequestHandler):
