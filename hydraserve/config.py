@@ -15,6 +15,9 @@ DEFAULT_MAX_HEADS = 4
 # Seconds that running requests get to finish after the first SIGINT or SIGTERM.
 DEFAULT_SHUTDOWN_TIMEOUT = 30
 
+# Adapters with Prometheus series of their own, the busiest; the rest share one.
+DEFAULT_METRICS_ADAPTERS = 20
+
 # Where adapters may be loaded from at run time when nothing else is said: below the folder that the server was started
 # in, and from the two stores that need no address of a machine.
 DEFAULT_SOURCES = (".", "hf://", "s3://")
@@ -65,6 +68,8 @@ class ServeConfig:
                     DEFAULT_MAX_RANK, DEFAULT_MAX_HEADS).
     target_modules: the linear layers to wrap, by last name component. None: those the given adapters use
                     (without any: all).
+    router_metrics: every so many engine steps routers are counted for the metrics; 0: never.
+    metrics_adapters: adapters with Prometheus series of their own.
     """
 
     model: str
@@ -81,6 +86,8 @@ class ServeConfig:
     allow_sources: tuple[str, ...] = ()
     adapter_dir: Path | None = None
     state_dir: Path | None = None
+    router_metrics: int = 0
+    metrics_adapters: int = DEFAULT_METRICS_ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class ServerSettings:
     allow_sources: folders and URL prefixes that adapters may be loaded from while the server runs.
     adapter_dir:   a folder whose sub-folders are the adapters that are wanted.
     state_dir:     keeps what was loaded while the server ran.
+    metrics_adapters: adapters with Prometheus series of their own.
     """
 
     adapters: tuple[AdapterSource, ...] = ()
@@ -104,3 +112,4 @@ class ServerSettings:
     allow_sources: tuple[str, ...] = ()
     adapter_dir: Path | None = None
     state_dir: Path | None = None
+    metrics_adapters: int = DEFAULT_METRICS_ADAPTERS

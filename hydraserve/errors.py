@@ -13,6 +13,8 @@
     │   ├── UnauthenticatedError       no key, or one that is not known
     │   ├── ForbiddenError             a known key that may not do this
     │   ├── RateLimitError             too many requests with this key
+    │   ├── InvalidRequestError        what was asked cannot be answered, or is too large
+    │   ├── BusyError                  it can be answered, but not now
     │   ├── UnknownAdapterError        no adapter of this name is served
     │   ├── AdapterConflictError       the name or the place that was asked for is taken
     │   ├── SourceForbiddenError       a source outside what the operator allowed
@@ -135,6 +137,14 @@ class RateLimitError(RequestError):
     """Too many requests with this key. retry_after: seconds until the next one is taken."""
 
     retry_after: float = 1.0
+
+
+class InvalidRequestError(RequestError):
+    """A request whose parts are wrong, do not go together, or ask for too much."""
+
+
+class BusyError(RequestError):
+    """As much of this as the server does at a time is under way already."""
 
 
 class UnknownAdapterError(RequestError):

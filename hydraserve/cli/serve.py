@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydraserve.config import (
     DEFAULT_MAX_HEADS,
     DEFAULT_MAX_RANK,
+    DEFAULT_METRICS_ADAPTERS,
     DEFAULT_SHUTDOWN_TIMEOUT,
     DEFAULT_SLOTS,
     DEFAULT_SOURCES,
@@ -93,6 +94,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys (hashed) with the adapters, limits and role of each"
     )
+    parser.add_argument(
+        "--router-metrics",
+        choices=("off", "on"),
+        default="off",
+        help="count what routers do, for /metrics (default: off)",
+    )
+    parser.add_argument(
+        "--router-metrics-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --router-metrics on: count in every Nth step of the engine only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metrics-adapters",
+        type=int,
+        default=DEFAULT_METRICS_ADAPTERS,
+        metavar="N",
+        help="the N busiest adapters have metrics of their own, the others share theirs (default: %(default)s)",
+    )
     parser.add_argument("--host", default="", help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--vllm-help", action="store_true", help="list vLLM's own flags and exit")
@@ -135,7 +156,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             expected="a base model",
             fix="hydraserve --model demo, or see `hydraserve models`",
         )
-    for flag in ("slots", "max_adapters", "max_rank", "max_heads"):
+    for flag in ("slots", "max_adapters", "max_rank", "max_heads", "router_metrics_every", "metrics_adapters"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(what=f"--{flag.replace('_', '-')}", got=str(value), expected="at least 1", fix="raise it")
@@ -163,6 +184,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         allow_sources=tuple(args.allow_source) or DEFAULT_SOURCES,
         adapter_dir=args.adapter_dir.resolve() if args.adapter_dir else None,
         state_dir=args.state_dir.resolve() if args.state_dir else None,
+        router_metrics=args.router_metrics_every if args.router_metrics == "on" else 0,
+        metrics_adapters=args.metrics_adapters,
     )
 
 
@@ -188,6 +211,7 @@ def server_settings(
         allow_sources=config.allow_sources,
         adapter_dir=config.adapter_dir,
         state_dir=config.state_dir,
+        metrics_adapters=config.metrics_adapters,
     )
     KeyRing(settings.api_keys, settings.admin_key, settings.key_file)
     return settings
@@ -267,7 +291,7 @@ def engine_arguments(config: ServeConfig, model: str, plan: SlotPlan, passthroug
         "--max-cpu-loras": [str(plan.max_adapters)],
         "--max-lora-rank": [str(legal_max_rank(plan.max_rank))],
         "--lora-target-modules": list(plan.targets),
-        "--additional-config": [json.dumps(EngineOptions(plan.capacity).to_config())],
+        "--additional-config": [json.dumps(EngineOptions(plan.capacity, config.router_metrics).to_config())],
         "--worker-extension-cls": [WORKER_EXTENSION],
         "--api-server-count": ["1"],  # one process keeps the registry of adapters
         "--shutdown-timeout": [str(DEFAULT_SHUTDOWN_TIMEOUT)],

@@ -34,6 +34,8 @@ def apply() -> None:
     _admit_requests_through_hooks()
     _wait_before_names_are_looked_up()
     _evict_blocks_by_adapter()
+    _watch_requests()
+    _tell_whose_rows_a_step_computes()
     _applied = True
 
 
@@ -252,3 +254,57 @@ def _evict_blocks_by_adapter() -> None:
 
     pool.cache_full_blocks = cache_and_note
     core.hydra_evict_blocks, core.hydra_count_blocks = hydra_evict_blocks, hydra_count_blocks
+
+
+def _watch_requests() -> None:
+    """Cause: what vLLM's stat loggers are told of a finished request does not say which adapter it used.
+
+    Remove when: `FinishedRequestStats` names the adapter.
+    """
+    from hydraserve.engine.observation import WatchedEngine, observed
+
+    engine = _symbol(importlib.import_module("vllm.v1.engine.async_llm"), "AsyncLLM")
+    if hasattr(engine, "hydra_watched"):
+        return
+    engine.hydra_watched = cached_property(WatchedEngine)
+    engine.hydra_watched.__set_name__(engine, "hydra_watched")
+    engine.generate = partialmethod(partial(observed, _symbol(engine, "generate")))
+
+
+def _tell_whose_rows_a_step_computes() -> None:
+    """Cause: the LoRA manager is told the adapter of each row of a step, but not the request and its position, which
+    tracing a request needs.
+
+    Remove when: `LoRAMapping` says which request a row belongs to.
+    """
+    from hydraserve.engine.routing import StepRequests, current_step
+
+    worker = _symbol(importlib.import_module("vllm.v1.worker.gpu_worker"), "Worker")
+    runner = _symbol(importlib.import_module("vllm.v1.worker.lora_model_runner_mixin"), "LoRAModelRunnerMixin")
+    state = _symbol(importlib.import_module("vllm.v1.worker.gpu.lora_utils"), "LoraState")  # of model runner V2
+    execute_model, set_active_loras, make_lora_inputs = (
+        _symbol(worker, "execute_model"),
+        _symbol(runner, "set_active_loras"),
+        _symbol(state, "make_lora_inputs"),
+    )
+
+    @wraps(execute_model)
+    def execute_and_tell(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        current_step.scheduled = scheduler_output
+        return execute_model(self, scheduler_output, *args, **kwargs)
+
+    @wraps(set_active_loras)
+    def set_and_tell(self: Any, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        current_step.requests = StepRequests(input_batch.req_ids, num_scheduled_tokens)
+        return set_active_loras(self, input_batch, num_scheduled_tokens, *args, **kwargs)
+
+    @wraps(make_lora_inputs)
+    def make_and_tell(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
+        current_step.requests = StepRequests(req_ids, num_scheduled_tokens)
+        return make_lora_inputs(self, req_ids, idx_mapping, num_scheduled_tokens)
+
+    worker.execute_model, runner.set_active_loras, state.make_lora_inputs = (
+        execute_and_tell,
+        set_and_tell,
+        make_and_tell,
+    )

@@ -21,6 +21,7 @@ from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import HydraLinear, ModuleWeights, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
 from hydraserve.engine.options import EngineOptions
+from hydraserve.engine.routing import RoutingRecorder, SlotEvents
 from hydraserve.engine.worker import AdapterLoader
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError
 
@@ -35,6 +36,34 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
                 not isinstance(module, HydraLinear) and module.punica_wrapper is wrapper
                 for module in self.modules.values()
             )
+
+    def record_routing(self, heads: int, every: int) -> None:
+        """Watch the routers of the language model's layers. See `RoutingRecorder`."""
+        layers = []
+        for name, module in self.modules.items():
+            if isinstance(module, HydraLinear) and module.punica_wrapper is self._language_wrapper:
+                parts = self.packed_modules.get(name, [name])
+                slices = len(module.slots.out_slices)
+                names = parts if len(parts) == slices else [f"{name}.{i}" for i in range(slices)]
+                layers.append((names, module.slots))
+        self.slot_events = SlotEvents()
+        self.routing = RoutingRecorder(layers, self.max_num_batched_tokens, heads, every)
+        self._language_wrapper.recorder = self.routing
+
+    @property
+    def _language_wrapper(self) -> Any:
+        """What the language model's layers get their step metadata from: vLLM makes it first."""
+        return next(iter(self.punica_wrapper_mapping.values()))
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        self.slot_events.looked_up(lora_id, lora_id in self._active_adapters)
+        return super().activate_adapter(lora_id)
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            self.routing.leaves_slot(self.lora_index_to_id.index(lora_id), lora_id)
+            self.slot_events.evictions[lora_id] += 1
+        super()._deactivate_adapter(lora_id)
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if not isinstance(lora_model, HydraLoRAModel):
@@ -125,7 +154,18 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         with slot_capacity(self.options.capacity):
-            return super().create_lora_manager(model, vllm_config)
+            wrapped = super().create_lora_manager(model, vllm_config)
+        self._adapter_manager.record_routing(self.options.capacity.heads, self.options.router_metrics)
+        return wrapped
+
+    @property
+    def routing(self) -> RoutingRecorder:
+        return self._adapter_manager.routing
+
+    def take_counts(self) -> dict[str, Any]:
+        """What routers and slots did since the last call, as plain data."""
+        manager = self._adapter_manager
+        return {**manager.routing.take(manager.lora_index_to_id), "slots": manager.slot_events.take()}
 
     def sizes(self) -> dict[str, Any]:
         """Fields of `EngineSizes`, as plain data."""

@@ -16,9 +16,10 @@ DEFAULT_MAX_HEADS = 8
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """capacity: the largest adapter a slot takes."""
+    """capacity: the largest adapter a slot takes. router_metrics: every so many steps routers are counted, 0: never."""
 
     capacity: SlotCapacity = field(default_factory=lambda: default_capacity(16))
+    router_metrics: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """The value for vLLM's `--additional-config`."""
@@ -29,7 +30,7 @@ class EngineOptions:
         given = (vllm_config.additional_config or {}).get(KEY)
         if given is None:
             return cls(default_capacity(vllm_config.lora_config.max_lora_rank))
-        return cls(SlotCapacity(**given["capacity"]))
+        return cls(SlotCapacity(**given["capacity"]), given["router_metrics"])
 
 
 def default_capacity(max_rank: int, max_heads: int = DEFAULT_MAX_HEADS) -> SlotCapacity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -10,12 +10,16 @@ from vllm.lora.layers import LoRAMapping
 
 from hydra_kernels import StepMetadata
 
+if TYPE_CHECKING:
+    from hydraserve.engine.routing import RoutingRecorder
+
 
 class PunicaWrapper(Protocol):
     """What our layers need of the wrapper that vLLM hands to every LoRA layer of a model."""
 
     step: StepMetadata
     native_layers: bool
+    recorder: RoutingRecorder | None
 
 
 def with_step_metadata(base: type) -> type:
@@ -32,6 +36,7 @@ def with_step_metadata(base: type) -> type:
             super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
             self.step = StepMetadata(max_num_batched_tokens, kwargs["lora_config"].max_loras, device)
             self.native_layers = True
+            self.recorder: RoutingRecorder | None = None
 
         def update_metadata(
             self,
@@ -43,7 +48,10 @@ def with_step_metadata(base: type) -> type:
         ) -> None:
             if self.native_layers:
                 super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-            self.step.update(token_slots(mapping, lora_index_to_id))
+            slots = token_slots(mapping, lora_index_to_id)
+            if self.recorder is not None:
+                self.recorder.prepare(slots)
+            self.step.update(slots)
 
     HydraPunicaWrapper.__name__ = f"Hydra{base.__name__}"
     return HydraPunicaWrapper

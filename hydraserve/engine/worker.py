@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hydraserve.adapters.ingest import release_memory
+from hydraserve.engine.routing import RoutingCalls
 from hydraserve.errors import EngineError, HydraServeError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class HydraWorkerExtension:
+class HydraWorkerExtension(RoutingCalls):
     """Mixed into vLLM's worker; every name here must be new there."""
 
     model_runner: Any

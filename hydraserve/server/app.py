@@ -12,10 +12,12 @@ from fastapi import FastAPI
 
 from hydraserve.config import ServerSettings
 from hydraserve.errors import HydraServeError
+from hydraserve.metrics import Metrics
 from hydraserve.server.errors import handle_error
 from hydraserve.server.keys import KeyRing
+from hydraserve.server.metrics import ServerMetrics
 from hydraserve.server.middleware import RequestMiddleware
-from hydraserve.server.routes import adapters, vllm
+from hydraserve.server.routes import adapters, inspector, metrics, routing, vllm
 from hydraserve.server.security import Gate, is_loopback
 from hydraserve.server.startup import AdapterServer
 
@@ -45,7 +47,8 @@ class HydraEndpoints:
         app.add_middleware(RequestMiddleware, gate=gate)
         app.add_exception_handler(HydraServeError, handle_error)
         app.include_router(adapters.router)
-        app.include_router(vllm.router)
+        for routes in (vllm, routing, inspector, metrics):
+            app.include_router(routes.router)
         app.router.lifespan_context = self._ending_with(app.router.lifespan_context)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -53,8 +56,14 @@ class HydraEndpoints:
         settings: ServerSettings | None = getattr(args, "hydraserve", None)
         if settings is not None and engine_client is not None:
             self._server = AdapterServer(settings)
-            await self._server.start(engine_client.hydra_adapters, state.openai_serving_models)
+            watched = engine_client.hydra_watched
+            state.hydraserve_metrics = ServerMetrics(watched, Metrics(), settings.metrics_adapters)
+            state.hydraserve_tracer = routing.Tracer(watched)
+            runtime = state.hydraserve_metrics.meter(engine_client.hydra_adapters)
+            await self._server.start(runtime, state.openai_serving_models)
+            assert self._server.service is not None
             state.hydraserve_adapters = self._server.service
+            await state.hydraserve_metrics.start(self._server.service, await runtime.sizes())
         host = args.host or "127.0.0.1"
         where = f"unix:{args.uds}" if args.uds else f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
         print(f"hydraserve is ready on {where} (API /v1, metrics /metrics)", file=sys.stderr, flush=True)

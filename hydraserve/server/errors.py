@@ -14,9 +14,11 @@ from hydraserve.errors import (
     AdapterConflictError,
     AdapterError,
     AdapterNotFoundError,
+    BusyError,
     ConfigError,
     ForbiddenError,
     HydraServeError,
+    InvalidRequestError,
     LimitError,
     RateLimitError,
     SourceError,
@@ -31,6 +33,8 @@ _STATUS: tuple[tuple[type[HydraServeError], HTTPStatus], ...] = (
     (ForbiddenError, HTTPStatus.FORBIDDEN),
     (SourceForbiddenError, HTTPStatus.FORBIDDEN),
     (RateLimitError, HTTPStatus.TOO_MANY_REQUESTS),
+    (InvalidRequestError, HTTPStatus.BAD_REQUEST),
+    (BusyError, HTTPStatus.SERVICE_UNAVAILABLE),
     (UnknownAdapterError, HTTPStatus.NOT_FOUND),
     (AdapterNotFoundError, HTTPStatus.NOT_FOUND),
     (AdapterConflictError, HTTPStatus.CONFLICT),
@@ -54,6 +58,7 @@ _TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
     HTTPStatus.BAD_GATEWAY: "InternalServerError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
 }
 
 

@@ -64,7 +64,7 @@ class Gate:
 
         Raises UnauthenticatedError, ForbiddenError or RateLimitError.
         """
-        if path in _PUBLIC or method == "OPTIONS":
+        if path in _PUBLIC or path.startswith(_PAGE) or method == "OPTIONS":
             return ANONYMOUS
         principal = self.keys.identify(authorization)
         if is_administration(method, path):
@@ -117,6 +117,7 @@ class Gate:
 
 
 _PUBLIC = frozenset({"/health", "/ping", "/version", "/docs", "/redoc", "/openapi.json"})
+_PAGE = "/inspector"  # only files; what they ask for carries the key that its user types in
 _INFERENCE = (
     *("/v1/", "/v2/", "/inference/", "/cohere/", "/tokenize", "/detokenize", "/pooling", "/classify", "/score"),
     *("/rerank", "/embed", "/invocations", "/generative_scoring"),

@@ -14,7 +14,7 @@ import torch
 
 from hydra_kernels.metadata import StepMetadata
 from hydra_kernels.probe import RoutingProbe
-from hydra_kernels.weights import LAYOUT_FIELDS, NO_ADAPTER, HydraWeights
+from hydra_kernels.weights import LAYOUT_FIELDS, NO_ADAPTER, HydraWeights, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class LayerSlots(ABC):
     ) -> None:
         self.num_slots, self.in_features, self.out_slices = num_slots, in_features, tuple(out_slices)
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
+        self.layouts: list[tuple[Layout | None, ...]] = [()] * num_slots  # of each slot's last load
         self.probe: RoutingProbe | None = None
         self.first_router = 0
 
@@ -88,6 +89,7 @@ class LayerSlots(ABC):
                     f"slot {slot}: got weights for {part.in_features} -> {part.out_features}, "
                     f"expected {self.in_features} -> {out}"
                 )
+        self.layouts[slot] = tuple(None if part is None else part.layout for part in weights)
         self._store(slot, weights)
 
     @abstractmethod
