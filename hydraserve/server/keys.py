@@ -92,6 +92,10 @@ class KeyRing:
         return self._file is not None or any(p.role is Role.INFERENCE for p in self._given.values())
 
     @property
+    def has_keys(self) -> bool:
+        return bool(self._principals())
+
+    @property
     def has_admin_key(self) -> bool:
         return any(p.role is Role.ADMIN for p in self._principals().values())
 

@@ -66,7 +66,7 @@ class Gate:
         """
         if path in _PUBLIC or path.startswith(_PAGE) or method == "OPTIONS":
             return ANONYMOUS
-        principal = self.keys.identify(authorization)
+        principal = self._identify(method, path, authorization)
         if is_administration(method, path):
             return self._admit_admin(principal, caller)
         if path.startswith("/metrics"):
@@ -81,6 +81,16 @@ class Gate:
             raise _forbidden(principal, "use a model")
         self.keys.count(principal)
         return principal
+
+    def _identify(self, method: str, path: str, authorization: str | None) -> Principal | None:
+        """Who it is. Where no key is asked for, a key that is not known does no harm: many clients always send one."""
+        try:
+            return self.keys.identify(authorization)
+        except UnauthenticatedError:
+            is_open = not self.keys.has_inference_keys and path.startswith(_INFERENCE)
+            if not self.keys.has_keys or (is_open and not is_administration(method, path)):
+                return None
+            raise
 
     def _admit_admin(self, principal: Principal | None, caller: Caller) -> Principal:
         if principal is not None and principal.role is Role.ADMIN:
