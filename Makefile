@@ -14,7 +14,9 @@ BENCH_ARGS ?=
 
 BIN := .venv/bin
 INSTALL = @$(PYTHON) scripts/install.py --variant $(VARIANT)
-BENCHMARKS = $(wildcard kernels/benchmarks/bench_*.py)
+# Which kernels there are to measure depends on the device; their machine code is the same everywhere.
+DEVICE = $$($(BIN)/python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')
+BENCHMARKS ?= kernels/benchmarks/bench_compile.py kernels/benchmarks/bench_$(DEVICE).py
 
 .PHONY: help serve test lint check bench
 .DEFAULT_GOAL := help
@@ -41,5 +43,5 @@ check: lint test ## lint, then test: what a change has to pass
 
 bench: ## the kernels' benchmarks, then MODEL end to end; results in kernels/benchmarks/results and build/bench.json
 	$(INSTALL) dev
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 	$(BIN)/hydraserve bench --model $(MODEL) --output build/bench.json --plot build/bench.png $(BENCH_ARGS)

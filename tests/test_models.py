@@ -133,7 +133,8 @@ def test_shapes_agree_with_the_weights_on_disk(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     expected = {path: (m.in_features, m.out_features) for path, m in model.named_modules() if hasattr(m, "in_features")}
     assert base_shapes(tiny_llama) == base_shapes(str(tiny_llama)) == expected
-    assert expected["model.layers.1.self_attn.k_proj"] == (64, 32)
+    hidden, key_value = model.config.hidden_size, model.config.num_key_value_heads * model.config.head_dim
+    assert expected["model.layers.1.self_attn.k_proj"] == (hidden, key_value)
 
 
 def test_shapes_of_gpt2_are_in_then_out() -> None:

@@ -25,6 +25,7 @@ PUBLIC = {
         "HydraWeights",
         "LayerSlots",
         "Layout",
+        "RoutingProbe",
         "SlotCapacity",
         "StepMetadata",
         "expand_",
