@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -24,6 +26,8 @@ from hydraserve.engine.options import EngineOptions
 from hydraserve.engine.routing import RoutingRecorder, SlotEvents
 from hydraserve.engine.worker import AdapterLoader
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError
+
+logger = logging.getLogger(__name__)
 
 
 class HydraLoRAModelManager(LRUCacheLoRAModelManager):
@@ -48,12 +52,18 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
                 layers.append((names, module.slots))
         self.slot_events = SlotEvents()
         self.routing = RoutingRecorder(layers, self.max_num_batched_tokens, heads, every)
-        self._language_wrapper.recorder = self.routing
 
     @property
     def _language_wrapper(self) -> Any:
         """What the language model's layers get their step metadata from: vLLM makes it first."""
         return next(iter(self.punica_wrapper_mapping.values()))
+
+    def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        """As vLLM's, which computes nothing when a step has the mapping of the last one; what is recorded may differ."""
+        super().set_adapter_mapping(mapping)
+        if mapping.type is LoRAMappingType.LANGUAGE:
+            slots = self._language_wrapper.step.part("token_slot")
+            self.routing.prepare(slots.numpy()[: len(mapping.index_mapping)])
 
     def activate_adapter(self, lora_id: int) -> bool:
         self.slot_events.looked_up(lora_id, lora_id in self._active_adapters)
@@ -193,9 +203,10 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             if len(manager) + 1 > manager.capacity:
                 manager.remove_oldest_adapter()
             manager.add_adapter(lora)
+        self._unloaded.discard(lora.id)
 
     def unload(self, adapter_id: int) -> None:
-        """Empty the adapter's slot and free its host memory. Its id is never used again."""
+        """Empty the adapter's slot and free its host memory."""
         self._unloaded.add(adapter_id)
         self._adapter_manager.remove_adapter(adapter_id)
         self.loader.release_memory()
@@ -228,12 +239,18 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         """As vLLM's, but adapters of the batch that are in a slot already are never evicted for one that is not."""
         manager = self._adapter_manager
-        # A request whose adapter was unloaded has been aborted; its last step may still be under way.
-        wanted = {r.lora_int_id: r for r in lora_requests if r and r.lora_int_id not in self._unloaded}
+        wanted = {request.lora_int_id: request for request in lora_requests if request}
         if len(wanted) > manager.lora_slots:
             raise RuntimeError(f"got {len(wanted)} adapters in one batch, expected at most {manager.lora_slots}")
         for request in sorted(wanted.values(), key=lambda r: not manager.in_slot(r.lora_int_id)):
-            self.add_adapter(request)
+            try:
+                self.add_adapter(request)
+            except Exception:
+                # The server unloads what no request uses; but the last step of a request that was aborted may still
+                # be under way, and its adapter be gone from the disk too. Nobody reads what that step computes.
+                if request.lora_int_id not in self._unloaded:
+                    raise
+                logger.info("adapter %s is gone; its request was aborted", request.lora_name)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         manager = self._adapter_manager

@@ -76,11 +76,15 @@ class Gate:
         if principal is None:
             if self.keys.has_inference_keys:
                 raise _no_key("a key of this server")
-            return ANONYMOUS
+            principal = ANONYMOUS
         if principal.role is Role.METRICS:
             raise _forbidden(principal, "use a model")
         self.keys.count(principal)
-        return principal
+        return self._with_local_rights(principal, caller)
+
+    def _with_local_rights(self, principal: Principal, caller: Caller) -> Principal:
+        """Where a local program may administer, it may also see what administrators see."""
+        return replace(principal, role=Role.ADMIN) if self.local_admin and caller.is_local else principal
 
     def _identify(self, method: str, path: str, authorization: str | None) -> Principal | None:
         """Who it is. Where no key is asked for, a key that is not known does no harm: many clients always send one."""
@@ -96,7 +100,7 @@ class Gate:
         if principal is not None and principal.role is Role.ADMIN:
             return principal
         if self.local_admin and caller.is_local and (principal is not None or not self.keys.has_inference_keys):
-            return replace(principal or ANONYMOUS, role=Role.ADMIN)
+            return self._with_local_rights(principal or ANONYMOUS, caller)
         if principal is not None:
             raise _forbidden(principal, "administer adapters")
         if self.keys.has_admin_key:
