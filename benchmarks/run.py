@@ -36,7 +36,7 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BENCH: dict[str, tuple[str, str, int]] = {
     "adapter-cost": (
         "adapters against LoRA off, by batch",
-        "--shape 8x4 --adapters 1,8 --arms off,base-only,hydra --batch 1,8,32 --repeats 7",
+        "--shape 8x4 --adapters 1,8 --arms off,control,base-only,hydra --batch 1,8,32 --repeats 7",
         20,
     ),
     "plain-lora": (

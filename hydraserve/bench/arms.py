@@ -16,8 +16,9 @@ from hydraserve.adapters.synthetic import make_adapter, save_adapter
 
 BASE = "base"  # what the base model is called in requests
 
-# In the order of the table. `off` is what all others are divided by.
-KINDS = ("off", "base-only", "hydra", "lora", "lora-wide", "reference")
+# In the order of the table. `off` is what all others are divided by; `control` is a second server just like it: what it
+# differs by is how far two equal servers differ.
+KINDS = ("off", "control", "base-only", "hydra", "lora", "lora-wide", "reference")
 BASELINE = "off"
 
 # transformers computes every request of a batch in lockstep and one adapter at a time; larger batches only take long.
@@ -125,6 +126,9 @@ def compare(plan: Plan) -> Comparison:
     if "off" in plan.kinds:
         servers.append(ServerSpec("off", "vllm", common))
         arms.append(Arm("off", "LoRA off", "off", "off", (BASE,), 0))
+    if "control" in plan.kinds:
+        servers.append(ServerSpec("control", "vllm", common))
+        arms.append(Arm("control", "LoRA off, another server", "control", "control", (BASE,), 0))
     if {"base-only", "hydra"} & set(plan.kinds):
         for i, shape in enumerate(plan.shapes):
             server = _hydra_server(plan, shape, common)

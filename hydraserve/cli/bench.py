@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--arms",
         default="off,base-only,hydra,lora,lora-wide",
-        help="of: off (LoRA off), base-only (adapters on, base traffic), hydra, lora (vLLM's own, rank r), lora-wide "
-        "(rank E*r), reference (default: %(default)s)",
+        help="of: off (LoRA off), control (LoRA off on a second server: the noise floor), base-only (adapters on, base "
+        "traffic), hydra, lora (vLLM's own, rank r), lora-wide (rank E*r), reference (default: %(default)s)",
     )
     what.add_argument(
         "--reference", action="store_true", help="also the authors' per-head computation in Hugging Face transformers"
@@ -249,6 +249,8 @@ def read_settings(args: argparse.Namespace, loads: Sequence[Load], folder: Path)
 
 def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[Load]) -> list[str]:
     """The engine flags of every server: the given ones, and what makes a measurement of their defaults."""
+    import torch
+
     from hydraserve.bench.capacity import kv_bytes_per_token
     from hydraserve.models import resolve_model
     from hydraserve.models.shapes import skeleton
@@ -265,6 +267,10 @@ def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[
         "--max-model-len": [str(tokens)],
         "--kv-cache-memory-bytes": [str(max(kv_bytes, 256 << 20))],
     }
+    if torch.version.cuda is not None and not args.one_at_a_time:
+        # With the cache's size given, vLLM only asks that this share of the GPU is free at the start: several servers
+        # are to share it.
+        defaults["--gpu-memory-utilization"] = ["0.05"]
     flags = [] if {"--enable-prefix-caching", "--no-enable-prefix-caching"} & named else ["--no-enable-prefix-caching"]
     for flag, values in defaults.items():
         flags += [] if flag in named else [flag, *values]

@@ -201,6 +201,14 @@ def test_adapters_of_a_comparison_have_equal_parameters(plan: Callable[..., Plan
     assert servers["reference"].adapters == servers["hydra-r4-e3"].adapters
 
 
+def test_control_is_a_second_server_like_the_first(plan: Callable[..., Plan]) -> None:
+    made = compare(plan(kinds=["off", "control"]))
+    off, control = made.servers
+    assert replace(control, name="off") == off
+    assert [arm.server for arm in made.arms] == ["off", "control"]
+    assert made.baseline == "off"
+
+
 def test_vllms_own_lora_gets_the_same_slots_and_modules(plan: Callable[..., Plan]) -> None:
     (server,) = compare(plan(kinds=["lora-wide"], slots=1, targets=["q_proj"])).servers
     arguments = " ".join(server.arguments)
