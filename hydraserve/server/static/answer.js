@@ -1,10 +1,13 @@
 // One adapter's answer: coloured tokens, the heat map of the token looked at, and how much the heads were used.
 
 import { element, headColour, indexOfLargest, meanWeights, percent } from "./heads.js";
+import { headShares } from "./usage.js";
 
-const ALL_MODULES = "all";
-// So many layers get a number on the axis.
+const ALL_MODULES = "";
+// About so many layers get a number on the axis.
 const LAYER_NUMBERS = 6;
+// Of the colour's full strength: a token whose heads are all alike, so that its leading head can still be seen.
+const FAINTEST = 0.25;
 
 export class Answer {
   /** onSelect(index): called when the user looks at another token. */
@@ -17,7 +20,7 @@ export class Answer {
     this.root = document.getElementById("answer-template").content.firstElementChild.cloneNode(true);
     this.find("h2").textContent = adapter;
     this.find(".body").hidden = true;
-    this.find(".module").addEventListener("change", () => this.drawHeat());
+    this.find(".module").addEventListener("change", () => this.draw());
     this.listenToTokens();
   }
 
@@ -40,13 +43,13 @@ export class Answer {
   say(message) {
     const node = this.find(".message");
     node.hidden = !message;
-    node.className = "message error";
     node.textContent = message;
   }
 
-  /** data: the answer of POST /v1/routing. */
+  /** data: what `route` gave. */
   show(data) {
     this.data = data;
+    this.selected = Math.min(data.prompt_tokens, data.tokens.length - 1);
     this.root.setAttribute("aria-busy", "false");
     this.find(".body").hidden = false;
     const generated = data.tokens.length - data.prompt_tokens;
@@ -55,9 +58,7 @@ export class Answer {
       `${data.routers.length} routers of ${data.heads} heads · entropy ${data.usage.entropy.toFixed(2)} of 1`;
     this.drawLegend();
     this.drawModules();
-    this.drawTokens();
-    this.drawUsage();
-    this.select(Math.min(data.prompt_tokens, data.tokens.length - 1));
+    this.draw();
   }
 
   drawLegend() {
@@ -71,25 +72,47 @@ export class Answer {
 
   drawModules() {
     const modules = [...new Set(this.data.routers.map((router) => router.module))];
-    const chosen = this.find(".module").value;
-    const options = [element("option", { value: ALL_MODULES, textContent: "mean of all" })];
+    const chosen = this.module ?? ALL_MODULES;
+    const options = [element("option", { value: ALL_MODULES, textContent: "all modules" })];
     options.push(...modules.map((module) => element("option", { value: module, textContent: module })));
     this.find(".module").replaceChildren(...options);
     this.find(".module").value = modules.includes(chosen) ? chosen : ALL_MODULES;
   }
 
+  /** The chosen module, or null for all. */
+  get module() {
+    return this.find(".module").value || null;
+  }
+
+  /** Draw everything that depends on the chosen module. */
+  draw() {
+    const { routers, tokens, heads } = this.data;
+    this.chosen = routers.flatMap((router, i) => (this.module === null || router.module === this.module ? [i] : []));
+    this.means = tokens.map((_, i) => {
+      const weights = this.data.weightsOf(i);
+      return weights && meanWeights(this.chosen.map((router) => weights[router]), heads);
+    });
+    this.drawTokens();
+    this.drawUsage();
+    this.select(this.selected);
+  }
+
   drawTokens() {
+    const equal = 1 / this.data.heads;
+    const furthest = Math.max(1e-6, ...this.means.flatMap((mean) => (mean ? [Math.max(...mean) - equal] : [])));
     const nodes = this.data.tokens.map((token, i) => {
-      const node = element("span", { className: `token ${token.kind}`, textContent: visible(token.text) });
+      const node = element("span", { className: "token", textContent: visible(token.text), tabIndex: -1 });
+      node.classList.toggle("in-prompt", token.kind === "prompt");
       node.setAttribute("role", "option");
       node.setAttribute("aria-selected", "false");
-      node.tabIndex = -1;
       node.dataset.index = i;
-      if (token.weights) {
-        const mean = meanWeights(token.weights, this.data.heads);
-        node.style.setProperty("--head", headColour(token.head));
-        node.style.setProperty("--weight", mean[token.head].toFixed(3));
-        node.setAttribute("aria-label", `${token.text}: head ${token.head}, ${percent(mean[token.head])}`);
+      const mean = this.means[i];
+      if (mean) {
+        const head = indexOfLargest(mean);
+        const strength = FAINTEST + (1 - FAINTEST) * ((mean[head] - equal) / furthest);
+        node.style.setProperty("--head", headColour(head));
+        node.style.setProperty("--strength", strength.toFixed(3));
+        node.setAttribute("aria-label", `${token.text}: head ${head}, ${percent(mean[head])}`);
       }
       return node;
     });
@@ -126,50 +149,48 @@ export class Answer {
   /** Look at token `index`, if there is one. */
   select(index) {
     if (!this.data || index >= this.data.tokens.length) return;
-    const nodes = this.find(".tokens").children;
-    if (nodes[this.selected]) {
-      nodes[this.selected].setAttribute("aria-selected", "false");
-      nodes[this.selected].tabIndex = -1;
+    const list = this.find(".tokens");
+    for (const node of list.querySelectorAll("[aria-selected=true]")) {
+      node.setAttribute("aria-selected", "false");
+      node.tabIndex = -1;
     }
     this.selected = index;
-    nodes[index].setAttribute("aria-selected", "true");
-    nodes[index].tabIndex = 0;
+    list.children[index].setAttribute("aria-selected", "true");
+    list.children[index].tabIndex = 0;
+    scrollTo(list, list.children[index]);
     this.drawTokenFacts();
     this.drawHeat();
   }
 
   drawTokenFacts() {
     const token = this.data.tokens[this.selected];
+    const mean = this.means[this.selected];
     const what = `Token ${this.selected}, ${token.kind}: “${visible(token.text)}”`;
-    this.find(".token-facts").textContent = token.weights
-      ? `${what} · head ${token.head} leads with ` +
-        `${percent(meanWeights(token.weights, this.data.heads)[token.head])} · entropy ${token.entropy.toFixed(2)}`
+    const head = mean && indexOfLargest(mean);
+    this.find(".token-facts").textContent = mean
+      ? `${what} · head ${head} leads with ${percent(mean[head])} · entropy ${token.entropy.toFixed(2)}`
       : `${what} · generated last, so no layer has seen it`;
   }
 
   drawHeat() {
-    const { routers, tokens, heads } = this.data;
-    const { weights } = tokens[this.selected];
-    const module = this.find(".module").value;
+    const { routers, heads } = this.data;
+    const weights = this.data.weightsOf(this.selected);
     const layers = [...new Set(routers.map((router) => router.layer))];
     const heat = this.find(".heat");
     heat.style.gridTemplateColumns = `auto repeat(${layers.length}, minmax(0, 1fr))`;
     const columns = layers.map((layer) => {
-      const rows = routers.flatMap((router, i) =>
-        router.layer === layer && (module === ALL_MODULES || router.module === module) ? [i] : [],
-      );
-      return weights && rows.length ? meanWeights(rows.map((i) => weights[i]), heads) : new Array(heads).fill(null);
+      const own = this.chosen.filter((i) => routers[i].layer === layer);
+      return weights && own.length ? meanWeights(own.map((i) => weights[i]), heads) : null;
     });
     const cells = Array.from({ length: heads }, (_, head) => [
       element("span", { className: "name", textContent: `head ${head}` }),
-      ...columns.map((column, i) => heatCell(head, layers[i], column[head])),
+      ...columns.map((column, i) => heatCell(head, layers[i], column?.[head] ?? null)),
     ]);
     heat.replaceChildren(...cells.flat(), ...layerNumbers(layers));
-    const leaders = columns.map((column) => (column[0] === null ? null : indexOfLargest(column)));
-    heat.setAttribute("aria-label", describe(layers, leaders));
+    heat.setAttribute("aria-label", describe(layers, columns));
   }
 
-  /** usage: share of each head in all requests, or null. note: why there is none. */
+  /** usage: of this adapter in all requests, as parseUsage gives it. note: why there is none. */
   showLive(usage, note) {
     this.live = usage;
     this.find(".live-note").textContent = note;
@@ -177,16 +198,27 @@ export class Answer {
   }
 
   drawUsage() {
+    const seen = this.means.filter((mean) => mean);
+    const here = seen.length ? meanWeights(seen, this.data.heads) : [];
+    const everywhere = headShares(this.live, this.module);
     const rows = Array.from({ length: this.data.heads }, (_, head) => {
       const name = element("th", { scope: "row", textContent: `head ${head}` });
-      return element("tr", {}, name, bar(head, this.data.usage.weights[head]), bar(head, this.live?.[head]));
+      return element("tr", {}, name, bar(head, here[head]), bar(head, everywhere?.[head]));
     });
     this.find(".usage tbody").replaceChildren(...rows);
   }
 }
 
+/** Bring a token into view without moving the page. */
+function scrollTo(list, node) {
+  const above = node.offsetTop - list.scrollTop;
+  const below = above + node.offsetHeight - list.clientHeight;
+  if (above < 0) list.scrollTop += above;
+  else if (below > 0) list.scrollTop += below;
+}
+
 function bar(head, share) {
-  const known = share !== undefined && share !== null;
+  const known = share !== undefined;
   const node = element("div", { className: known ? "bar" : "bar unknown", textContent: known ? percent(share) : "–" });
   node.style.setProperty("--head", headColour(head));
   node.style.setProperty("--share", known ? share.toFixed(4) : "0");
@@ -194,24 +226,23 @@ function bar(head, share) {
 }
 
 function heatCell(head, layer, weight) {
-  const known = weight !== null && weight !== undefined;
-  const title = `layer ${layer}, head ${head}: ${known ? percent(weight) : "no weights"}`;
+  const title = `layer ${layer}, head ${head}: ${weight === null ? "no weights" : percent(weight)}`;
   const node = element("span", { className: "cell", title });
   node.style.setProperty("--head", headColour(head));
-  node.style.setProperty("--weight", known ? weight.toFixed(3) : "0");
+  node.style.setProperty("--weight", weight === null ? "0" : weight.toFixed(3));
   return node;
 }
 
 function layerNumbers(layers) {
   const step = Math.max(1, Math.ceil(layers.length / LAYER_NUMBERS));
   return [
-    element("span", { className: "name", textContent: "layer" }),
+    element("span", { className: "name axis", textContent: "layer" }),
     ...layers.map((layer, i) => element("span", { className: "layer", textContent: i % step ? "" : layer })),
   ];
 }
 
-function describe(layers, leaders) {
-  const known = leaders.flatMap((head, i) => (head === null ? [] : [`layer ${layers[i]} head ${head}`]));
+function describe(layers, columns) {
+  const known = columns.flatMap((column, i) => (column ? [`layer ${layers[i]} head ${indexOfLargest(column)}`] : []));
   return known.length ? `Leading heads: ${known.join(", ")}` : "No weights for this token";
 }
 

@@ -37,17 +37,35 @@ export async function listAdapters() {
   }));
 }
 
-/** The answer of POST /v1/routing. */
+/** The answer of POST /v1/routing: its summary, and weightsOf(token), which gives each router's weights or null. */
 export async function route(model, { prompt, chat, maxTokens }, signal) {
   const text = chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
-  const body = JSON.stringify({ model, ...text, max_tokens: maxTokens });
+  const body = JSON.stringify({ model, ...text, max_tokens: maxTokens, format: "safetensors" });
   const response = await call("v1/routing", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body,
     signal,
   });
-  return response.json();
+  return readRouting(await response.arrayBuffer());
+}
+
+/** A safetensors file: the header's length, the header (JSON), then the tensors, of which "weights" is float32. */
+function readRouting(buffer) {
+  const length = Number(new DataView(buffer).getBigUint64(0, true));
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
+  const summary = JSON.parse(header.__metadata__.routing);
+  const [begin, end] = header.weights.data_offsets;
+  const weights = new Float32Array(buffer.slice(8 + length + begin, 8 + length + end));
+  const [, routers, heads] = header.weights.shape;
+  const weightsOf = (token) =>
+    summary.tokens[token].head === null
+      ? null
+      : summary.routers.map((router, i) => {
+          const first = (token * routers + i) * heads;
+          return weights.subarray(first, first + router.heads);
+        });
+  return { ...summary, weightsOf };
 }
 
 /** The text of /metrics. */

@@ -9,7 +9,7 @@ const byId = (id) => document.getElementById(id);
 const KEY = "hydraserve-api-key";
 
 let answers = [];
-let usage = { shares: null, note: "" };
+let usage = { adapters: null, note: "" };
 let running = null;
 
 function status(text, isError = false) {
@@ -52,7 +52,7 @@ function selectEverywhere(index) {
 }
 
 function showLive() {
-  for (const answer of answers) answer.showLive(usage.shares?.get(answer.adapter), usage.note);
+  for (const answer of answers) answer.showLive(usage.adapters?.get(answer.adapter), usage.note);
 }
 
 async function generate(event) {
@@ -103,7 +103,7 @@ byId("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 });
 showAdapters();
-watchUsage((shares, note) => {
-  usage = { shares, note };
+watchUsage((adapters, note) => {
+  usage = { adapters, note };
   showLive();
 });

@@ -9,17 +9,11 @@ export const percent = (share) => `${(share * 100).toFixed(share < 0.0995 && sha
 
 export const indexOfLargest = (numbers) => numbers.reduce((best, n, i) => (n > numbers[best] ? i : best), 0);
 
-/** The mean of several routers' weights, head by head; routers with fewer heads count for the heads they have. */
+/** The mean of several routers' weights, head by head: what each head does of their work. */
 export function meanWeights(routers, heads) {
   const sums = new Array(heads).fill(0);
-  const counts = new Array(heads).fill(0);
-  for (const weights of routers) {
-    weights.forEach((w, head) => {
-      sums[head] += w;
-      counts[head] += 1;
-    });
-  }
-  return sums.map((sum, head) => (counts[head] ? sum / counts[head] : null));
+  for (const weights of routers) weights.forEach((weight, head) => (sums[head] += weight));
+  return sums.map((sum) => sum / routers.length);
 }
 
 export function element(name, properties = {}, ...children) {

@@ -6,26 +6,31 @@ const EVERY_MS = 3000;
 const WEIGHT = /^hydraserve_router_weight_total\{(.*)\} (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
 
-/** Map of adapter -> share of each head, over all modules. */
+/** Map of adapter -> map of module -> sum of each head's weights. */
 export function parseUsage(text) {
-  const sums = new Map();
+  const usage = new Map();
   for (const line of text.split("\n")) {
     const match = WEIGHT.exec(line);
     if (!match) continue;
     const labels = Object.fromEntries([...match[1].matchAll(LABEL)].map(([, name, value]) => [name, unescape(value)]));
-    const heads = sums.get(labels.adapter) ?? [];
-    heads[Number(labels.head)] = (heads[Number(labels.head)] ?? 0) + Number(match[2]);
-    sums.set(labels.adapter, heads);
+    if (!usage.has(labels.adapter)) usage.set(labels.adapter, new Map());
+    const modules = usage.get(labels.adapter);
+    if (!modules.has(labels.module)) modules.set(labels.module, []);
+    modules.get(labels.module)[Number(labels.head)] = Number(match[2]);
   }
-  return new Map([...sums].map(([adapter, heads]) => [adapter, shares(heads)]));
+  return usage;
 }
 
 const unescape = (value) => value.replace(/\\(.)/g, (_, c) => (c === "n" ? "\n" : c));
 
-function shares(heads) {
-  const known = Array.from(heads, (weight) => weight ?? 0);
-  const total = known.reduce((sum, weight) => sum + weight, 0);
-  return known.map((weight) => (total ? weight / total : 0));
+/** Share of each head in the weights of these modules (null: all), or null when there are none. */
+export function headShares(modules, wanted) {
+  const sums = [];
+  for (const [module, heads] of modules ?? []) {
+    if (wanted === null || module === wanted) heads.forEach((weight, head) => (sums[head] = (sums[head] ?? 0) + weight));
+  }
+  const total = sums.reduce((sum, weight) => sum + weight, 0);
+  return total ? sums.map((weight) => weight / total) : null;
 }
 
 /** Calls show(usage, problem) now and again: usage as parseUsage gives it, or null and why not. */
