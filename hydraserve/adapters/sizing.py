@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hydra_kernels import SlotCapacity
+
 from hydraserve.adapters.checkpoint import AdapterSummary
 from hydraserve.config import DEFAULT_MAX_HEADS, DEFAULT_MAX_RANK, DEFAULT_SLOTS, ServeConfig
 from hydraserve.errors import ConfigError

@@ -50,8 +50,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         )
         parser.add_argument("--debug", action="store_true", help="show tracebacks")
         command.add_arguments(parser)
+        args: argparse.Namespace
         if getattr(command, "PASSES_THROUGH", False):
-            args, args.passthrough = parser.parse_known_args(arguments)
+            args, passthrough = parser.parse_known_args(arguments)
+            args.passthrough = passthrough
         else:
             args = parser.parse_args(arguments)
         return int(command.run(args))

@@ -167,7 +167,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             what="--adapter",
             got=f"the name {sorted(twice)[0]!r} twice, or the base model's",
             expected="a different name for each adapter",
-            fix=f"--adapter NAME={[s.path for s in adapters if s.name in twice][0]}",
+            fix=f"--adapter NAME={next(s.path for s in adapters if s.name in twice)}",
         )
     return ServeConfig(
         model=args.model,

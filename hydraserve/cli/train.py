@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = "" if value in (False, None, ()) else f" (default: {value})"
         group.add_argument(f"--{name.replace('_', '-')}", help=text + shown, default=value, **options)
 
-    parser.add_argument("--model", required=True, help="base model: a short name (`hydraserve models`), a Hugging Face name or a folder")
+    parser.add_argument(
+        "--model", required=True, help="base model: a short name (`hydraserve models`), a Hugging Face name or a folder"
+    )
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, help="JSON or JSONL files, alpaca or ShareGPT/messages form"
     )

@@ -20,7 +20,7 @@ def parse(arguments: list[str]) -> Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="hydraserve serve", usage="hydraserve serve [options]"))
-    args = parser.parse_args(arguments)
+    args: Namespace = parser.parse_args(arguments)
     validate_parsed_serve_args(args)
     return args
 

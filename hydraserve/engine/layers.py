@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra_kernels import HydraWeights, Layout, SlotCapacity, make_slots
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers import (
@@ -25,8 +26,6 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
-
-from hydra_kernels import HydraWeights, Layout, SlotCapacity, make_slots
 
 if TYPE_CHECKING:
     from hydraserve.engine.punica import PunicaWrapper
@@ -60,29 +59,34 @@ class ModuleWeights:
         return None
 
 
+def resolved_dtype(lora_config: LoRAConfig) -> torch.dtype:
+    """The dtype of adapters in the engine: vLLM's configuration names one only before it is verified."""
+    dtype = lora_config.lora_dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 class HydraLinear(BaseLayerWithLoRA):
     """Mixed in before one of vLLM's linear LoRA layers."""
 
     punica_wrapper: PunicaWrapper  # type: ignore[assignment]
+    output_slices: tuple[int, ...]
 
     def create_lora_weights(self, max_loras: int, lora_config: LoRAConfig, model_config: Any = None) -> None:
         self.lora_config = lora_config
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
         self._capacity = _capacity.get()
-        self.slots = make_slots(
-            max_loras,
-            self.input_size,
-            self._slot_slices(),
-            self._capacity,
-            lora_config.lora_dtype,
-            self.device,
-        )
+        dtype = resolved_dtype(lora_config)
+        self.slots = make_slots(max_loras, self.input_size, self._slot_slices(), self._capacity, dtype, self.device)
+
+        def shape_only(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
         # vLLM reads input, output and slice sizes from the shapes of these; they hold nothing.
-        shape = (max_loras, 1, lora_config.max_lora_rank)
-        meta = {"dtype": lora_config.lora_dtype, "device": "meta"}
-        self.lora_a_stacked = tuple(torch.empty(*shape, self.input_size, **meta) for _ in self.output_slices)
-        self.lora_b_stacked = tuple(torch.empty(max_loras, 1, out, shape[2], **meta) for out in self.output_slices)
+        rank = lora_config.max_lora_rank
+        self.lora_a_stacked = tuple(shape_only(max_loras, 1, rank, self.input_size) for _ in self.output_slices)
+        self.lora_b_stacked = tuple(shape_only(max_loras, 1, out, rank) for out in self.output_slices)
 
     def _slot_slices(self) -> Sequence[int]:
         """Output sizes of the slots' slices on this rank."""
@@ -107,12 +111,15 @@ class HydraLinear(BaseLayerWithLoRA):
         cap = self._capacity
         heads = min(cap.heads, cap.k, max(1, cap.rows - 1))
         layout = Layout(max(1, min(cap.k // heads, cap.rows - heads)), heads, has_router=heads > 1)
-        zeros = {"dtype": self.slots.dtype, "device": "cpu"}
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.slots.dtype, device="cpu")
+
         return [
             HydraWeights(
-                a=torch.zeros(layout.a_rows, self.input_size, **zeros),
-                b=torch.zeros(heads, out, layout.rank, **zeros),
-                router=torch.zeros(heads, self.input_size, **zeros) if heads > 1 else None,
+                a=zeros(layout.a_rows, self.input_size),
+                b=zeros(heads, out, layout.rank),
+                router=zeros(heads, self.input_size) if heads > 1 else None,
                 layout=layout,
             )
             for out in self._slot_slices()
@@ -141,9 +148,10 @@ class HydraLinear(BaseLayerWithLoRA):
             return weights
         b = weights.b.transpose(0, 1)  # [out, E, r]: rows first, as slice_lora_b expects
         if self.n_slices == 1:
-            cut = self.slice_lora_b(b)
+            cut: torch.Tensor | None = self.slice_lora_b(b)
         else:
             cut = self.slice_lora_b([b if i == index else None for i in range(self.n_slices)])[index]
+        assert cut is not None
         return replace(weights, b=cut.transpose(0, 1).contiguous())
 
     def forward(self, input_: torch.Tensor) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from hydra_kernels import HydraWeights
 from vllm.lora.lora_model import LoRAModel
 from vllm.utils.torch_utils import PIN_MEMORY
 
-from hydra_kernels import HydraWeights
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import ModuleWeights
 from hydraserve.errors import BaseMismatchError
@@ -53,9 +54,8 @@ def _engine_name(name: str, weights_mapper: Any) -> str:
 
 
 def _pinned(weights: HydraWeights) -> HydraWeights:
-    from dataclasses import replace
+    def pin(t: torch.Tensor) -> torch.Tensor:
+        return t.contiguous().pin_memory()
 
-    def pin(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.contiguous().pin_memory()
-
-    return replace(weights, a=pin(weights.a), b=pin(weights.b), router=pin(weights.router))
+    router = None if weights.router is None else pin(weights.router)
+    return replace(weights, a=pin(weights.a), b=pin(weights.b), router=router)

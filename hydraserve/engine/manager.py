@@ -20,7 +20,7 @@ from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.requirements import check_capacity
 from hydraserve.adapters.store import is_stored, read_stored
 from hydraserve.adapters.weights import HydraAdapter
-from hydraserve.engine.layers import HydraLinear, ModuleWeights, slot_capacity
+from hydraserve.engine.layers import HydraLinear, ModuleWeights, resolved_dtype, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
 from hydraserve.engine.options import EngineOptions
 from hydraserve.engine.routing import RoutingRecorder, SlotEvents
@@ -34,7 +34,8 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
     """Packs the parts of merged layers as HydraWeights; the rest is vLLM's."""
 
     def _create_lora_modules(self) -> None:
-        super()._create_lora_modules()
+        super()._create_lora_modules()  # type: ignore[no-untyped-call]
+        wrapper: Any  # ours, see `with_step_metadata`
         for wrapper in self.punica_wrapper_mapping.values():
             wrapper.native_layers = any(
                 not isinstance(module, HydraLinear) and module.punica_wrapper is wrapper
@@ -59,7 +60,7 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
         return next(iter(self.punica_wrapper_mapping.values()))
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        """As vLLM's, which computes nothing when a step has the mapping of the last one; what is recorded may differ."""
+        """As vLLM's, which computes nothing when a step repeats the last mapping; what is recorded may still differ."""
         super().set_adapter_mapping(mapping)
         if mapping.type is LoRAMappingType.LANGUAGE:
             slots = self._language_wrapper.step.part("token_slot")
@@ -275,6 +276,6 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
         if mapper is not None:
             mapper = mapper.get_rename_mapper()
-        lora = to_lora_model(adapter, adapter_id, self.lora_config.lora_dtype, mapper)
+        lora = to_lora_model(adapter, adapter_id, resolved_dtype(self.lora_config), mapper)
         self._adapter_manager.check(lora)
         return lora

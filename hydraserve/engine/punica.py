@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from vllm.lora.layers import LoRAMapping
-
 from hydra_kernels import StepMetadata
-
-if TYPE_CHECKING:
-    from hydraserve.engine.routing import RoutingRecorder
+from vllm.lora.layers import LoRAMapping
 
 
 class PunicaWrapper(Protocol):
@@ -19,7 +15,6 @@ class PunicaWrapper(Protocol):
 
     step: StepMetadata
     native_layers: bool
-    recorder: RoutingRecorder | None
 
 
 def with_step_metadata(base: type) -> type:
@@ -29,14 +24,13 @@ def with_step_metadata(base: type) -> type:
     only then is vLLM's metadata computed too, which costs a Python loop over the tokens of each step.
     """
 
-    class HydraPunicaWrapper(base):  # type: ignore[misc,valid-type]
+    class HydraPunicaWrapper(base):  # type: ignore[misc]
         def __init__(
             self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
         ) -> None:
             super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
             self.step = StepMetadata(max_num_batched_tokens, kwargs["lora_config"].max_loras, device)
             self.native_layers = True
-            self.recorder: RoutingRecorder | None = None
 
         def update_metadata(
             self,
@@ -48,10 +42,7 @@ def with_step_metadata(base: type) -> type:
         ) -> None:
             if self.native_layers:
                 super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-            slots = token_slots(mapping, lora_index_to_id)
-            if self.recorder is not None:
-                self.recorder.prepare(slots)
-            self.step.update(slots)
+            self.step.update(token_slots(mapping, lora_index_to_id))
 
     HydraPunicaWrapper.__name__ = f"Hydra{base.__name__}"
     return HydraPunicaWrapper

@@ -155,7 +155,7 @@ def measure(
         authors_us=round(authors, 2),
         authors_over_ours=round(authors / ours, 2),
         gb_s=round(rate / 1e9, 1),
-        share_of_copy=round(rate / bandwidth, 3),
+        share_of_copy=float(f"{rate / bandwidth:.3g}"),
         error=round(error, 5),
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hydra_kernels.slots import SlotCapacity
@@ -23,7 +24,7 @@ def token_slots(mix: str, tokens: int, slots: int, seed: int = 0) -> np.ndarray:
     "partial": uniform, every second token without an adapter."""
     rng = np.random.default_rng(seed)
     uniform = rng.integers(0, slots, tokens)
-    table = {
+    table: dict[str, Callable[[], npt.NDArray[np.generic]]] = {
         "none": lambda: np.full(tokens, -1),
         "identical": lambda: np.full(tokens, slots - 1),
         "distinct": lambda: np.arange(tokens) % slots,
@@ -57,7 +58,9 @@ def random_weights(
 def capacity_for(layouts: Sequence[Layout]) -> SlotCapacity:
     """The smallest capacity that holds all of them."""
     return SlotCapacity(
-        rows=max(lay.z_rows for lay in layouts), k=max(lay.k for lay in layouts), heads=max(lay.heads for lay in layouts)
+        rows=max(lay.z_rows for lay in layouts),
+        k=max(lay.k for lay in layouts),
+        heads=max(lay.heads for lay in layouts),
     )
 
 

@@ -47,7 +47,8 @@ def server(
     adapters.append(f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}")
     arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
-    arguments += ["--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
+    arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
+    arguments += ["--router-metrics", "on"]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with ServerProcess(arguments, log, ENGINE_ENV) as process:
         yield process

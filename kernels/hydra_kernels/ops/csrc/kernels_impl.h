@@ -40,11 +40,11 @@ inline void shrink_tile(const typename D::T* const* x, const typename D::T* a, i
   unroll<NT>([&](int t) { unroll<kRowGroup>([&](int i) { acc[t][i] = V::zero(); }); });
   const auto step = [&](int64_t k, auto load_x) __attribute__((always_inline)) {
     const auto* p = a + k / kChunk * (kRowGroup * kChunk) + k % kChunk;
-    typename D::Operand rows_a[kRowGroup];
-    unroll<kRowGroup>([&](int i) { rows_a[i] = D::load(p + i * kChunk); });
-    unroll<NT>([&](int t) {
-      const auto operand = load_x(x[t] + k);
-      unroll<kRowGroup>([&](int i) { acc[t][i] = D::dot(acc[t][i], rows_a[i], operand); });
+    decltype(load_x(x[0])) operands[NT];
+    unroll<NT>([&](int t) { operands[t] = load_x(x[t] + k); });
+    unroll<kRowGroup>([&](int i) {
+      const auto row = D::load(p + i * kChunk);
+      unroll<NT>([&](int t) { acc[t][i] = D::dot(acc[t][i], row, operands[t]); });
     });
   };
   int64_t k = 0;

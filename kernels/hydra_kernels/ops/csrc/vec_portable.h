@@ -55,7 +55,7 @@ struct Partial {
 struct FloatH {
   using H = float;
   using V = hydra::V;
-  static constexpr int kShrinkTokens = 2, kExpandTokens = 2, kExpandVectors = 4;
+  static constexpr int kShrinkTokens = 2, kExpandTokens = 2, kExpandVectors = 2;
   static void pack(H* to, const float* h, int64_t n) { std::memcpy(to, h, n * sizeof *h); }
 };
 
