@@ -252,6 +252,14 @@ def refuse_unsupported(passthrough: Sequence[str]) -> None:
             expected="--adapter, which checks, sizes and keeps track of adapters",
             fix="--adapter NAME=PATH for each of them",
         )
+    for flag in ("--api-server-count", "--api_server_count", "-asc"):
+        if (count := flag_value(passthrough, flag)) not in (None, "1"):
+            raise ConfigError(
+                what=flag,
+                got=str(count),
+                expected="1: the process that answers HTTP also keeps the registry of adapters and the routers' metrics",
+                fix="leave it out; for more throughput of HTTP itself start several servers behind a load balancer",
+            )
     if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
         raise ConfigError(
             what="VLLM_LORA_ENABLE_DUAL_STREAM",

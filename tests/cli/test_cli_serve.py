@@ -72,6 +72,13 @@ def test_fully_sharded_and_dual_stream_are_refused(monkeypatch: pytest.MonkeyPat
         serve.refuse_unsupported([])
 
 
+@pytest.mark.parametrize("arguments", [["--api-server-count", "2"], ["--api_server_count=4"], ["-asc", "2"]])
+def test_several_api_server_processes_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="registry of adapters"):
+        serve.refuse_unsupported(arguments)
+    serve.refuse_unsupported(["--api-server-count", "1"])
+
+
 def test_port_in_use_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
