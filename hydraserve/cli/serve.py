@@ -257,7 +257,7 @@ def refuse_unsupported(passthrough: Sequence[str]) -> None:
             raise ConfigError(
                 what=flag,
                 got=str(count),
-                expected="1: the process that answers HTTP also keeps the registry of adapters and the routers' metrics",
+                expected="1: the process that answers HTTP keeps the registry of adapters and the routers' metrics",
                 fix="leave it out; for more throughput of HTTP itself start several servers behind a load balancer",
             )
     if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
