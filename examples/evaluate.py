@@ -1,21 +1,25 @@
 """Accuracy per task of adapters on a running server, through its OpenAI API.
 
     hydraserve --model demo --adapter desk=examples/adapters/desk --adapter words=examples/adapters/words
-    python examples/evaluate.py --data runs/data-800/desk/held_out.jsonl --models desk SmolLM2-135M-Instruct
+    python examples/evaluate.py --data runs/data-800/desk/held_out.jsonl --models demo desk
 
-An answer counts when it is exactly the expected text (surrounding white space apart). Greedy decoding.
+An answer counts when it is exactly the expected text (surrounding white space apart). Greedy decoding. --json keeps
+the numbers with where they come from; examples/compare.py makes tables of such files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
+
+from hydraserve.bench.machine import provenance
 
 Row = dict[str, str]
 
@@ -56,7 +60,13 @@ def main() -> None:
         mean = sum(shares.values()) / len(shares)
         print(f"| {model} | " + " | ".join(f"{shares[task]:.0%}" for task in tasks) + f" | {mean:.0%} |")
     if args.json:
-        args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record(rows, table), indent=1) + "\n", encoding="utf-8")
+
+
+def record(rows: Sequence[Row], accuracies: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The numbers, and the machine, versions and commit they come from. questions: task -> how many were asked."""
+    return {**provenance(), "questions": Counter(row["task"] for row in rows), "accuracy": accuracies}
 
 
 if __name__ == "__main__":

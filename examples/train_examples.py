@@ -52,7 +52,7 @@ def train(model: str, data: Path, output: Path, options: str, seed: int) -> None
         return
     command = ["train", "--model", model, "--data", str(data), "--output", str(output)]
     command += [*COMMON.split(), *options.split(), "--seed", str(seed)]
-    if (output / "checkpoints").is_dir():
+    if any(output.glob("checkpoints/checkpoint-*/trainer_state.json")):
         command.append("--resume")
     print("hydraserve " + " ".join(command))
     if status := hydraserve(command):

@@ -27,7 +27,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hydraserve.errors import ConfigError, ModelNotFoundError
 from hydraserve.models import resolve_model
@@ -114,7 +113,9 @@ def train(settings: TrainSettings, console: Console) -> TrainSummary:
 
 def _checkpoint(settings: TrainSettings) -> str | None:
     """The checkpoint to go on from. Raises ConfigError where --resume and what is in the folder disagree."""
-    found = get_last_checkpoint(str(settings.checkpoints)) if settings.checkpoints.is_dir() else None
+    # The trainer's state is the last file that a checkpoint gets: one without it was interrupted.
+    complete = [path.parent for path in settings.checkpoints.glob("checkpoint-*/trainer_state.json")]
+    found = str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
     if settings.resume and found is None:
         raise ConfigError(
             "--resume",
@@ -151,9 +152,8 @@ def _load_base(settings: TrainSettings) -> tuple[PreTrainedTokenizerBase, PreTra
             got=f"{settings.model}: {str(e).splitlines()[0]}",
             expected="a transformers model: name or folder",
         ) from e
-    model.config.use_cache = (
-        False  # useless here, and with a cache transformers does not see the borders in packed rows
-    )
+    # Useless here, and with a cache transformers does not see the borders in packed rows.
+    model.config.use_cache = False
     return tokenizer, model
 
 

@@ -104,8 +104,25 @@ def test_evaluate_counts_exact_answers(
     arguments = ["x", "--url", url, "--data", str(data), "--models", "right", "half", "--json", str(result)]
     monkeypatch.setattr(sys, "argv", arguments)
     module.main()
-    assert json.loads(result.read_text()) == {"right": {"one": 1.0, "two": 1.0}, "half": {"one": 1.0, "two": 0.0}}
+    record = json.loads(result.read_text())
+    assert record["accuracy"] == {"right": {"one": 1.0, "two": 1.0}, "half": {"one": 1.0, "two": 0.0}}
+    assert record["questions"] == {"one": 2, "two": 2}
+    assert {"machine", "versions", "commit"} <= record.keys()
     assert "| half | 100% | 0% | 50% |" in capsys.readouterr().out
+
+
+def test_compare_takes_seeds_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "result.json"
+    accuracy = {"base": {"x": 0.0, "y": 0.5}, "a-seed0": {"x": 0.8, "y": 1.0}, "a-seed1": {"x": 0.6, "y": 1.0}}
+    result.write_text(json.dumps({"accuracy": accuracy}))
+    module = script("compare", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["x", str(result)])
+    module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| base | 1 | 0.0% | 50.0% | 25.0% |" in lines
+    assert "| a | 2 | 70.0% (60.0-80.0) | 100.0% (100.0-100.0) | 85.0% (80.0-90.0) |" in lines
 
 
 def test_router_usage_is_the_mean_over_the_answers(

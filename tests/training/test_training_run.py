@@ -90,6 +90,17 @@ def test_resume_gives_what_one_run_gives(settings: TrainSettings) -> None:
         torch.testing.assert_close(got[name], expected[name], msg=name)
 
 
+def test_resume_passes_over_a_checkpoint_that_was_being_written(settings: TrainSettings) -> None:
+    settings = replace(settings, save_every=2, log_every=1)
+    run(replace(settings, max_steps=2))
+    (settings.checkpoints / "checkpoint-3").mkdir()
+    (settings.checkpoints / "checkpoint-3" / "adapter_config.json").write_text("{}")
+    summary, log = run(replace(settings, max_steps=4, resume=True))
+    assert "step 3/4" in log
+    assert "step 2/4" not in log
+    assert summary.steps == 4
+
+
 def test_same_seed_same_adapter(settings: TrainSettings) -> None:
     settings = replace(settings, max_steps=3)
     run(settings)
@@ -142,6 +153,7 @@ def test_refusals(settings: TrainSettings) -> None:
     with pytest.raises(DataError, match="no example with an answer within 8 tokens"):
         run(replace(settings, data=(long,), max_length=8))
     (settings.checkpoints / "checkpoint-3").mkdir(parents=True)
+    (settings.checkpoints / "checkpoint-3" / "trainer_state.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
         run(settings)
 
