@@ -12,13 +12,16 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.derive import derive
 from hydraserve.adapters.requirements import Requirements
-from hydraserve.adapters.store import AdapterStore, StoredAdapter
+from hydraserve.adapters.store import AdapterStore, StoredAdapter, read_stored
 from hydraserve.errors import AdapterError, UnreadableFileError
 
 # Reading 16 GiB from a slow network disk takes minutes; anything longer hangs.
@@ -42,8 +45,16 @@ def ingest(folder: Path, store: Path, requirements: Requirements) -> StoredAdapt
     return AdapterStore(store).add(adapter)
 
 
+def ingest_derived(parent: Path, spec: str, store: Path) -> StoredAdapter:
+    """Make an adapter of one in the store (see `derive`) and put that there too.
+
+    Raises UnknownAdapterError for a `spec` that the adapter does not allow, AdapterError's subclasses.
+    """
+    return AdapterStore(store).add(derive(read_stored(parent), spec))
+
+
 class Ingester:
-    """`ingest` in a reader process, one adapter at a time. Thread-safe; `read` blocks."""
+    """`ingest` and `ingest_derived` in a reader process, one at a time. Thread-safe; both block."""
 
     def __init__(self, store: AdapterStore, requirements: Requirements, timeout_s: float = READ_TIMEOUT_S) -> None:
         self._store, self._requirements, self._timeout_s = store, requirements, timeout_s
@@ -52,17 +63,23 @@ class Ingester:
 
     def read(self, folder: Path) -> StoredAdapter:
         """Raises AdapterError's subclasses; UnreadableFileError also when the reader crashed or did not finish."""
+        return self._do(partial(ingest, folder, self._store.root, self._requirements), folder)
+
+    def derive(self, parent: StoredAdapter, spec: str) -> StoredAdapter:
+        """Raises as `ingest_derived`, and UnreadableFileError as `read`."""
+        path = Path(parent.path)
+        return self._do(partial(ingest_derived, path, spec, self._store.root), path)
+
+    def _do(self, work: Callable[[], StoredAdapter], path: Path) -> StoredAdapter:
         with self._lock:
             try:
-                return (
-                    self._reader().submit(_read, folder, self._store.root, self._requirements).result(self._timeout_s)
-                )
+                return self._reader().submit(_then_release_memory, work).result(self._timeout_s)
             except BrokenProcessPool as error:
                 self._stop()
-                raise _killed(folder, "it crashed the process that reads adapters") from error
+                raise _killed(path, "it crashed the process that reads adapters") from error
             except TimeoutError as error:
                 self._stop()
-                raise _killed(folder, f"reading it took more than {self._timeout_s:.0f} s") from error
+                raise _killed(path, f"reading it took more than {self._timeout_s:.0f} s") from error
 
     def start(self) -> None:
         """Start the reader now, so that the first adapter does not wait for it."""
@@ -98,9 +115,9 @@ def _prepare_reader() -> None:
     torch.set_num_threads(1)
 
 
-def _read(folder: Path, store: Path, requirements: Requirements) -> StoredAdapter:
+def _then_release_memory(work: Callable[[], StoredAdapter]) -> StoredAdapter:
     try:
-        return ingest(folder, store, requirements)
+        return work()
     finally:
         release_memory()
 

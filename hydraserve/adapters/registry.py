@@ -25,6 +25,7 @@ class Origin(StrEnum):
     COMMAND_LINE = "command line"
     DIRECTORY = "directory"
     API = "api"
+    DERIVED = "derived"  # by a request that named it, see `derive`; it goes with the adapter it is made from
 
 
 @dataclass

@@ -47,7 +47,9 @@ class Principal:
     rate: float | None = None
 
     def may_use(self, adapter: str) -> bool:
-        return self.role is Role.ADMIN or any(fnmatch.fnmatchcase(adapter, pattern) for pattern in self.adapters)
+        """A derived adapter (NAME@top_k=1) may be used by whoever may use what it is made from."""
+        name = adapter.partition("@")[0]
+        return self.role is Role.ADMIN or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
 ANONYMOUS = Principal("anonymous")

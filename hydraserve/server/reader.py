@@ -66,6 +66,19 @@ class AdapterReader:
             self._reading[stored.digest] -= 1
             await self.collect(stored.digest)
 
+    @asynccontextmanager
+    async def derive(self, parent: StoredAdapter, spec: str) -> AsyncIterator[Read]:
+        """What `spec` makes of an adapter in the store, kept there as by `read`. Raises as `Ingester.derive`."""
+        started = time.monotonic()
+        async with self._lock:
+            stored = await asyncio.to_thread(self._ingester.derive, parent, spec)
+            self._reading[stored.digest] += 1
+        try:
+            yield Read(stored, time.monotonic() - started)
+        finally:
+            self._reading[stored.digest] -= 1
+            await self.collect(stored.digest)
+
     async def collect(self, digest: str) -> None:
         """Take content out of the store, unless something needs it."""
         async with self._lock:

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 from weakref import WeakValueDictionary
 
+from hydraserve.adapters.derive import split_derived
 from hydraserve.adapters.registry import AdapterEntry, Origin, Registry, check_name
 from hydraserve.adapters.runtime import AdapterRuntime, Residency
 from hydraserve.adapters.sources import Progress, without_secrets
@@ -146,6 +148,8 @@ class AdapterService:
             if entry.pinned:
                 await self._set_pinned(entry, False)
             served = self._forget(entry)
+        for derived in self._derived_from(name):
+            await self.remove(derived, force=force, wait=wait)
         if served is None:
             return
         if force:
@@ -174,7 +178,8 @@ class AdapterService:
 
         Raises what makes the adapter unusable. Does nothing for names that are no adapter's.
         """
-        entry = self.registry.find(name)
+        derivation = split_derived(name)
+        entry = self.registry.find(name) if derivation is None else await self._derived(name, *derivation)
         if entry is None:
             return
         stored = await self._read_if_needed(entry)
@@ -233,13 +238,49 @@ class AdapterService:
         assert entry.version is not None
         return entry.version
 
+    async def _derived(self, name: str, parent_name: str, spec: str) -> AdapterEntry | None:
+        """The entry of an adapter that is made from another one: made when it is first asked for, and anew when the
+        other one has new content. None when there is no other one."""
+        parent = self.registry.find(parent_name)
+        if parent is None:
+            return None
+        content = await self._read_if_needed(parent)
+        source = f"{content.digest}@{spec}"
+        async with self._lock(name):
+            entry = self.registry.find(name)
+            if entry is None or entry.source != source:
+                entry = entry or AdapterEntry(name, source, Origin.DERIVED)
+                self.registry.put(entry)
+                try:
+                    await self._read(entry, source)
+                except BaseException:
+                    if (served := self._forget(entry)) is not None:
+                        self.spawn(self._retire(served))
+                    raise
+        return entry
+
+    def _derived_from(self, name: str) -> list[str]:
+        """Names of the adapters that are made from this one."""
+        derived = [entry.name for entry in self.registry if entry.origin is Origin.DERIVED]
+        return [other for other in derived if (split := split_derived(other)) is not None and split[0] == name]
+
+    def _open(
+        self, entry: AdapterEntry, source: str, progress: Progress, digest: str | None
+    ) -> AbstractAsyncContextManager[Read]:
+        if entry.origin is Origin.DERIVED:
+            digest, _, spec = source.partition("@")
+            if digest not in self._contents:
+                raise self._unknown(entry.name)
+            return self._reader.derive(self._contents[digest], spec)
+        trusted = entry.origin is Origin.COMMAND_LINE
+        return self._reader.read(source, progress, trusted=trusted, digest=digest)
+
     async def _read(self, entry: AdapterEntry, source: str, digest: str | None = None) -> None:
         """Read an entry's content, and let new requests use that. What they used before ends with its requests."""
         progress = self.progress[entry.name] = Progress()
-        trusted = entry.origin is Origin.COMMAND_LINE
         old = self.current.get(entry.name)
         try:
-            async with self._reader.read(source, progress, trusted=trusted, digest=digest) as read:
+            async with self._open(entry, source, progress, digest) as read:
                 # A replacement is to be as quick as what it replaces; a new adapter must not push out one that is used.
                 await self.cache.prefetch(read.stored, evict=old is not None)
                 await self._install(entry, read, source)
