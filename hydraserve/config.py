@@ -15,6 +15,12 @@ DEFAULT_MAX_HEADS = 4
 # Seconds that running requests get to finish after the first SIGINT or SIGTERM.
 DEFAULT_SHUTDOWN_TIMEOUT = 30
 
+# Requests that may wait besides those that the engine computes at once. A few seconds' worth for most servers; a client
+# that waits longer is better served by another replica.
+DEFAULT_MAX_QUEUED = 1024
+# A prompt of a million tokens, as ids in JSON, takes about 7 MiB.
+DEFAULT_MAX_BODY_MIB = 16
+
 # Adapters with Prometheus series of their own, the busiest; the rest share one.
 DEFAULT_METRICS_ADAPTERS = 20
 
@@ -102,6 +108,8 @@ class ServerSettings:
     adapter_dir:   a folder whose sub-folders are the adapters that are wanted.
     state_dir:     keeps what was loaded while the server ran.
     metrics_adapters: adapters with Prometheus series of their own.
+    max_queued:    requests that may wait besides those that the engine computes at once.
+    max_body:      bytes of one request's body.
     """
 
     adapters: tuple[AdapterSource, ...] = ()
@@ -113,3 +121,5 @@ class ServerSettings:
     adapter_dir: Path | None = None
     state_dir: Path | None = None
     metrics_adapters: int = DEFAULT_METRICS_ADAPTERS
+    max_queued: int = DEFAULT_MAX_QUEUED
+    max_body: int = DEFAULT_MAX_BODY_MIB << 20

@@ -14,6 +14,8 @@
     │   ├── ForbiddenError             a known key that may not do this
     │   ├── RateLimitError             too many requests with this key
     │   ├── InvalidRequestError        what was asked cannot be answered, or is too large
+    │   │   ├── BodyTooLargeError      more bytes than the server reads of one request
+    │   │   └── SlowRequestError       the rest of a request did not come
     │   ├── BusyError                  it can be answered, but not now
     │   ├── UnknownAdapterError        no adapter of this name is served
     │   ├── AdapterConflictError       the name or the place that was asked for is taken
@@ -23,6 +25,7 @@
         ├── AdapterNotFoundError       nothing there, or a file of it is missing
         │   └── AmbiguousAdapterError  several adapters below one folder
         ├── UnreadableFileError        no permission, not a regular file, cut short, damaged
+        │   └── StorageError           this server's own disk cannot be written
         ├── UnsafeFileError            reading it could run code or exhaust memory
         ├── AdapterFormatError         no format, or more than one, recognises the folder
         ├── AdapterConfigError         adapter_config.json: not JSON, a missing field, a wrong value
@@ -143,8 +146,18 @@ class InvalidRequestError(RequestError):
     """A request whose parts are wrong, do not go together, or ask for too much."""
 
 
+class BodyTooLargeError(InvalidRequestError):
+    """A request body of more bytes than the server reads."""
+
+
+class SlowRequestError(InvalidRequestError):
+    """A request whose body stopped coming."""
+
+
 class BusyError(RequestError):
-    """As much of this as the server does at a time is under way already."""
+    """As much of this as the server does at a time is under way already. retry_after: seconds until it may not be."""
+
+    retry_after: float = 1.0
 
 
 class UnknownAdapterError(RequestError):
@@ -177,6 +190,10 @@ class AmbiguousAdapterError(AdapterNotFoundError):
 
 class UnreadableFileError(AdapterError):
     """A file without permission, not a regular one, cut short or damaged."""
+
+
+class StorageError(UnreadableFileError):
+    """This server's own disk is full, or cannot be written."""
 
 
 class UnsafeFileError(AdapterError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 import threading
@@ -14,8 +15,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hydraserve.adapters.store import StoredAdapter
-from hydraserve.errors import AdapterConfigError, ConfigError, HydraServeError, UnknownAdapterError
+from hydraserve.errors import AdapterConfigError, ConfigError, HydraServeError, StorageError, UnknownAdapterError
 
+logger = logging.getLogger(__name__)
+
+_JOURNAL = "adapters.sqlite"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/-]{0,127}")
 
 
@@ -88,16 +92,16 @@ class Registry:
         return entry
 
     def put(self, entry: AdapterEntry) -> None:
-        """Add an entry, or write down that it has changed."""
-        self._entries[entry.name] = entry
+        """Add an entry, or write down that it has changed. Raises StorageError."""
         if self._journal and entry.origin is Origin.API:
             self._journal.put(entry)
+        self._entries[entry.name] = entry
 
     def remove(self, name: str) -> None:
-        """Nothing happens when it is not there."""
-        self._entries.pop(name, None)
+        """Nothing happens when it is not there. Raises StorageError."""
         if self._journal:
             self._journal.remove(name)
+        self._entries.pop(name, None)
 
     def uses(self, digest: str) -> bool:
         """Whether any name stands for this content."""
@@ -105,7 +109,11 @@ class Registry:
 
 
 class Journal:
-    """The entries of one server in an SQLite file. Raises ConfigError when another server has it open."""
+    """The entries of one server in an SQLite file. Raises ConfigError when another server has it open, or when nothing
+    can be written there.
+
+    set_aside: where a file went that could not be read; the server starts without what it remembered.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -120,25 +128,23 @@ class Journal:
                 fix="stop the other server, or give another folder",
             ) from error
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(folder / "adapters.sqlite", check_same_thread=False, isolation_level=None)
-        # A crash of the server loses nothing; of the machine, at most the last entries. No waiting for the disk.
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, source TEXT NOT NULL, "
-            "pinned INTEGER NOT NULL, version TEXT, load_seconds REAL, read_at REAL, registered_at REAL NOT NULL)"
-        )
+        self.set_aside: Path | None = None
+        path = folder / _JOURNAL
+        try:
+            self._db = _open(path)
+            self._entries = self._read()
+        except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
+            self.set_aside = _set_aside(path, error)
+            self._db = _open(path)
+            self._entries = []
 
     def entries(self) -> list[AdapterEntry]:
-        """All of them, in the order in which they were registered. Raises ConfigError for a file of another program."""
-        try:
-            with self._lock:
-                rows = self._db.execute("SELECT * FROM adapters ORDER BY registered_at").fetchall()
-            return [self._entry(*row) for row in rows]
-        except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                what="--state-dir", got=f"a file that cannot be read: {error}", expected="one of this version's"
-            ) from error
+        """What was there when the journal was opened, in the order in which it was registered."""
+        return list(self._entries)
+
+    def _read(self) -> list[AdapterEntry]:
+        rows = self._db.execute("SELECT * FROM adapters ORDER BY registered_at").fetchall()
+        return [self._entry(*row) for row in rows]
 
     def _entry(
         self,
@@ -167,14 +173,57 @@ class Journal:
     def put(self, entry: AdapterEntry) -> None:
         version = entry.version.to_json() if entry.version else None
         fields = (entry.name, entry.source, entry.pinned, version, entry.load_seconds, entry.read_at)
-        with self._lock:
-            self._db.execute("REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, entry.registered_at))
+        self._write("REPLACE INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, entry.registered_at))
 
     def remove(self, name: str) -> None:
-        with self._lock:
-            self._db.execute("DELETE FROM adapters WHERE name = ?", (name,))
+        self._write("DELETE FROM adapters WHERE name = ?", (name,))
+
+    def _write(self, statement: str, values: tuple[object, ...]) -> None:
+        try:
+            with self._lock:
+                self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise StorageError(
+                "state folder", got=str(error), expected="a disk that takes a row", fix="make room on it"
+            ) from error
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
         self._held.release()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """The open journal at `path`, made if there is none. Raises sqlite3.Error for another file."""
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        # A crash of the server loses nothing; of the machine, at most the last entries. No waiting for the disk.
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, source TEXT NOT NULL, "
+            "pinned INTEGER NOT NULL, version TEXT, load_seconds REAL, read_at REAL, registered_at REAL NOT NULL)"
+        )
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _set_aside(path: Path, reason: Exception) -> Path:
+    """Rename a journal that cannot be read, with the files that SQLite keeps beside it, and say so."""
+    kept = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+    for suffix in ("", "-wal", "-shm"):
+        source = path.with_name(path.name + suffix)
+        try:
+            if source.exists():
+                source.rename(kept.with_name(kept.name + suffix))
+        except OSError as error:
+            raise ConfigError(
+                what="--state-dir",
+                got=f"{path}, which cannot be read ({reason}) or renamed ({error.strerror})",
+                expected="a folder that this server may write",
+                fix="check its owner and permissions",
+            ) from error
+    logger.error("state of earlier runs cannot be read (%s); starting without it, the file is kept as %s", reason, kept)
+    return kept

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from hydraserve.adapters.files import open_regular, unreadable
 from hydraserve.adapters.weights import HydraAdapter
-from hydraserve.errors import UnreadableFileError
+from hydraserve.errors import StorageError, UnreadableFileError
 
 _SUFFIX = ".safetensors"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -98,7 +98,7 @@ class AdapterStore:
         return self.root / f"{digest}{_SUFFIX}"
 
     def add(self, adapter: HydraAdapter) -> StoredAdapter:
-        """Write an adapter, unless its content is there already. Raises UnreadableFileError when that fails."""
+        """Write an adapter, unless its content is there already. Raises StorageError when that fails."""
         path = self.path(adapter.digest)
         if not path.exists():
             part = self.root / f".{uuid.uuid4().hex}.part"
@@ -106,7 +106,7 @@ class AdapterStore:
                 write_stored(adapter, part)
                 os.replace(part, path)
             except OSError as error:
-                raise UnreadableFileError(
+                raise StorageError(
                     f"store {self.root}",
                     got=error.strerror or error,
                     expected=f"{adapter.nbytes:,} bytes written",

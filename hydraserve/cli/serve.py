@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydraserve.config import (
+    DEFAULT_MAX_BODY_MIB,
     DEFAULT_MAX_HEADS,
+    DEFAULT_MAX_QUEUED,
     DEFAULT_MAX_RANK,
     DEFAULT_METRICS_ADAPTERS,
     DEFAULT_SHUTDOWN_TIMEOUT,
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 HELP = "serve a base model and its adapters over an OpenAI-compatible API (the default command)"
 WORKER_EXTENSION = "hydraserve.engine.worker.HydraWorkerExtension"
 PASSES_THROUGH = True  # flags that are not ours go to vLLM
+AT_LEAST_ONE = (
+    *("slots", "max_adapters", "max_rank", "max_heads", "router_metrics_every", "metrics_adapters"),
+    *("max_queued_requests", "max_body_mib"),
+)
 
 VLLM_HELP = """\
 Every other flag of `vllm serve` passes through (--dtype, --max-model-len, --tensor-parallel-size, --api-key,
@@ -114,6 +120,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the N busiest adapters have metrics of their own, the others share theirs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-queued-requests",
+        type=int,
+        default=DEFAULT_MAX_QUEUED,
+        metavar="N",
+        help="requests that may wait for a place in the batch; more are answered 503 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-body-mib",
+        type=int,
+        default=DEFAULT_MAX_BODY_MIB,
+        metavar="N",
+        help="largest request body, in MiB; more is answered 413 (default: %(default)s)",
+    )
     parser.add_argument("--host", default="", help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--vllm-help", action="store_true", help="list vLLM's own flags and exit")
@@ -156,7 +176,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             expected="a base model",
             fix="hydraserve --model demo, or see `hydraserve models`",
         )
-    for flag in ("slots", "max_adapters", "max_rank", "max_heads", "router_metrics_every", "metrics_adapters"):
+    for flag in AT_LEAST_ONE:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(what=f"--{flag.replace('_', '-')}", got=str(value), expected="at least 1", fix="raise it")
@@ -212,6 +232,8 @@ def server_settings(
         adapter_dir=config.adapter_dir,
         state_dir=config.state_dir,
         metrics_adapters=config.metrics_adapters,
+        max_queued=args.max_queued_requests,
+        max_body=args.max_body_mib << 20,
     )
     KeyRing(settings.api_keys, settings.admin_key, settings.key_file)
     return settings

@@ -35,6 +35,7 @@ def apply() -> None:
     _wait_before_names_are_looked_up()
     _evict_blocks_by_adapter()
     _watch_requests()
+    _end_after_the_requests()
     _tell_whose_rows_a_step_computes()
     _applied = True
 
@@ -269,6 +270,22 @@ def _watch_requests() -> None:
     engine.hydra_watched = cached_property(WatchedEngine)
     engine.hydra_watched.__set_name__(engine, "hydra_watched")
     engine.generate = partialmethod(partial(observed, _symbol(engine, "generate")))
+
+
+def _end_after_the_requests() -> None:
+    """Cause: after a signal vLLM shuts its engine down while its HTTP server still takes requests, which then end as
+    "abort"; it ignores a second signal; and it exits with status 0 when its engine has died.
+
+    Remove when: vLLM refuses requests while it drains, and its exit status tells how it ended.
+    """
+    from hydraserve.engine.ending import Ending, shutdown
+
+    engine = _symbol(importlib.import_module("vllm.v1.engine.async_llm"), "AsyncLLM")
+    if hasattr(engine, "hydra_ending"):
+        return
+    engine.hydra_ending = cached_property(Ending)
+    engine.hydra_ending.__set_name__(engine, "hydra_ending")
+    engine.shutdown = partialmethod(partial(shutdown, _symbol(engine, "shutdown")))
 
 
 def _tell_whose_rows_a_step_computes() -> None:

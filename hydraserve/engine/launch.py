@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from hydraserve.engine import compat
+from hydraserve.engine.ending import engine_died
 from hydraserve.engine.logs import first_line, shorten_errors
 from hydraserve.errors import EngineError, HydraServeError
 
@@ -28,7 +29,7 @@ def parse(arguments: list[str]) -> Namespace:
 def run(args: Namespace) -> None:
     """Serve until a signal. vLLM starts its engine and worker processes from here.
 
-    Raises EngineError when vLLM refuses its configuration or its engine does not start.
+    Raises EngineError when vLLM refuses its configuration, or its engine does not start or dies.
     """
     use_plugins()
     preload_openmp()
@@ -49,6 +50,13 @@ def run(args: Namespace) -> None:
             expected="an engine that starts",
             fix="see the log above; --debug shows tracebacks",
         ) from e
+    if engine_died():
+        raise EngineError(
+            what="engine",
+            got="a process of it that ended",
+            expected="an engine that runs until the server is stopped",
+            fix="see the log above, and start the server again",
+        )
 
 
 def use_plugins() -> None:

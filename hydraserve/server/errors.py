@@ -14,6 +14,7 @@ from hydraserve.errors import (
     AdapterConflictError,
     AdapterError,
     AdapterNotFoundError,
+    BodyTooLargeError,
     BusyError,
     ConfigError,
     ForbiddenError,
@@ -21,8 +22,10 @@ from hydraserve.errors import (
     InvalidRequestError,
     LimitError,
     RateLimitError,
+    SlowRequestError,
     SourceError,
     SourceForbiddenError,
+    StorageError,
     UnauthenticatedError,
     UnknownAdapterError,
 )
@@ -33,6 +36,8 @@ _STATUS: tuple[tuple[type[HydraServeError], HTTPStatus], ...] = (
     (ForbiddenError, HTTPStatus.FORBIDDEN),
     (SourceForbiddenError, HTTPStatus.FORBIDDEN),
     (RateLimitError, HTTPStatus.TOO_MANY_REQUESTS),
+    (BodyTooLargeError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (SlowRequestError, HTTPStatus.REQUEST_TIMEOUT),
     (InvalidRequestError, HTTPStatus.BAD_REQUEST),
     (BusyError, HTTPStatus.SERVICE_UNAVAILABLE),
     (UnknownAdapterError, HTTPStatus.NOT_FOUND),
@@ -40,6 +45,7 @@ _STATUS: tuple[tuple[type[HydraServeError], HTTPStatus], ...] = (
     (AdapterConflictError, HTTPStatus.CONFLICT),
     (SourceError, HTTPStatus.BAD_GATEWAY),
     (LimitError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (StorageError, HTTPStatus.INSUFFICIENT_STORAGE),
     (AdapterConfigError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (AdapterError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (ConfigError, HTTPStatus.BAD_REQUEST),
@@ -54,10 +60,12 @@ _TYPES = {
     HTTPStatus.CONFLICT: "ConflictError",
     HTTPStatus.UNPROCESSABLE_ENTITY: "UnprocessableEntityError",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "UnprocessableEntityError",
+    HTTPStatus.REQUEST_TIMEOUT: "BadRequestError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.BAD_REQUEST: "BadRequestError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
     HTTPStatus.BAD_GATEWAY: "InternalServerError",
+    HTTPStatus.INSUFFICIENT_STORAGE: "InternalServerError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
 }
 
@@ -83,7 +91,7 @@ def error_body(error: HydraServeError, status: HTTPStatus) -> dict[str, Any]:
 def error_response(error: HydraServeError, status: HTTPStatus | None = None) -> JSONResponse:
     """The whole answer. status: instead of `status_of`."""
     status, headers = status or status_of(error), {}
-    if isinstance(error, RateLimitError):
+    if isinstance(error, RateLimitError | BusyError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, UnauthenticatedError):
         headers["WWW-Authenticate"] = "Bearer"

@@ -71,7 +71,7 @@ class Gate:
             return self._admit_admin(principal, caller)
         if path.startswith("/metrics"):
             return self._admit_metrics(principal)
-        if not path.startswith(_INFERENCE):
+        if not is_inference(path):
             return self._admit_operator(principal, path)
         if principal is None:
             if self.keys.has_inference_keys:
@@ -130,13 +130,18 @@ class Gate:
         return principal or ANONYMOUS
 
 
-_PUBLIC = frozenset({"/health", "/ping", "/version", "/docs", "/redoc", "/openapi.json"})
+_PUBLIC = frozenset({"/health", "/ready", "/ping", "/version", "/docs", "/redoc", "/openapi.json"})
 _PAGE = "/inspector"  # only files; what they ask for carries the key that its user types in
 _INFERENCE = (
     *("/v1/", "/v2/", "/inference/", "/cohere/", "/tokenize", "/detokenize", "/pooling", "/classify", "/score"),
     *("/rerank", "/embed", "/invocations", "/generative_scoring"),
 )
 _ADMINISTRATION = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+def is_inference(path: str) -> bool:
+    """Whether this is a route of the models' API."""
+    return path.startswith(_INFERENCE)
 
 
 def is_administration(method: str, path: str) -> bool:

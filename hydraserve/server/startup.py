@@ -45,7 +45,8 @@ class AdapterServer:
         store = AdapterStore(folder)
         self._ingester = Ingester(store, requirements)
         registry = Registry(self._journal)
-        store.sweep({entry.version.digest for entry in registry if entry.version is not None})
+        if self._journal is None or self._journal.set_aside is None:  # what an unreadable journal needs is kept with it
+            store.sweep({entry.version.digest for entry in registry if entry.version is not None})
         policy = SourcePolicy.of(settings.allow_sources)
         reader = AdapterReader(store, self._ingester, policy, self._scratch.path)
         cache = HostCache(runtime, sizes.host_adapters)
