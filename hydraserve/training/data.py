@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Turn:
 class Example:
     """One conversation: an optional system turn, then user and assistant in turn, ending with the assistant.
 
-    source: where it came from, for messages: "FILE, line 3" or "FILE, example 3" (both count from 1).
+    source: where it came from, for messages: "FILE, line 3", in a JSON array "FILE, line 9, example 3".
     """
 
     turns: tuple[Turn, ...]
@@ -62,7 +63,7 @@ class Example:
 def load_examples(paths: Sequence[Path | str]) -> list[Example]:
     """All examples of all files, in order.
 
-    Raises DataError, naming the file and the line or the example, for what cannot be read.
+    Raises DataError, naming the file and the line, for what cannot be read.
     """
     examples = [_parse(record, source) for path in paths for record, source in _records(Path(path))]
     if not examples:
@@ -98,25 +99,51 @@ def _records(path: Path) -> Iterator[tuple[Any, str]]:
     except UnicodeDecodeError as e:
         raise DataError(str(path), got=f"bytes that are not UTF-8 at offset {e.start}", expected="UTF-8 text") from e
     if text.lstrip().startswith("["):
-        for index, record in enumerate(_json(text, str(path)), start=1):
-            yield record, f"{path}, example {index}"
+        yield from _array(text, path)
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
-            source = f"{path}, line {number}"
-            yield _json(line, source), source
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise _no_json(f"{path}, line {number}", e) from e
+            yield record, f"{path}, line {number}"
 
 
-def _json(text: str, source: str) -> Any:
+def _array(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+    """(record, source) for each element of a JSON array, one by one, because only so is it known where each begins."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
+
+    def skip(position: int) -> int:
+        found = space.match(text, position)
+        assert found  # it matches the empty string
+        return found.end()
+
+    position = skip(text.index("[") + 1)
+    line, counted, number = 1, 0, 0
     try:
-        return json.loads(text)
+        while text[position : position + 1] != "]" or number:
+            line, counted, number = line + text.count("\n", counted, position), position, number + 1
+            record, end = decoder.raw_decode(text, position)
+            yield record, f"{path}, line {line}, example {number}"
+            position = skip(end)
+            if text[position : position + 1] == "]":
+                break
+            if text[position : position + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+            position = skip(position + 1)
+        if (rest := skip(position + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, rest)
     except json.JSONDecodeError as e:
-        where = f"{source}, line {e.lineno}" if "line" not in source else source
-        raise DataError(
-            where,
-            got=f"no JSON: {e.msg} at column {e.colno}",
-            expected="a JSON array of objects, or one object on each line",
-        ) from e
+        raise _no_json(f"{path}, line {e.lineno}", e) from e
+
+
+def _no_json(source: str, error: json.JSONDecodeError) -> DataError:
+    return DataError(
+        source,
+        got=f"no JSON: {error.msg} at column {error.colno}",
+        expected="a JSON array of objects, or one object on each line",
+    )
 
 
 def _parse(record: Any, source: str) -> Example:

@@ -32,7 +32,8 @@ def test_every_shape_gives_the_same_example(tmp_path: Path, record: dict[str, An
     path = write(tmp_path / "data.json", [record, record], lines=lines)
     first, second = load_examples([path])
     assert first.turns == second.turns == (Turn("user", "Add.\n1 2"), Turn("assistant", "3"))
-    assert second.source == f"{path}, {'line' if lines else 'example'} 2"
+    line = 2 if lines else path.read_text().splitlines()[2:].index(" {") + 3
+    assert second.source == f"{path}, line {line}" + ("" if lines else ", example 2")
 
 
 def test_system_history_and_several_files(tmp_path: Path) -> None:
@@ -79,9 +80,26 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(ALPACA) + '\n\n{"instruction": \n')
     with pytest.raises(DataError, match=r"data\.jsonl, line 3: got no JSON"):
         load_examples([path])
-    path.write_text('[\n{"instruction": 1,\n}]')
-    with pytest.raises(DataError, match=r"data\.jsonl, line 3: got no JSON"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n{"instruction": 1,\n}]', "line 3: got no JSON: "),
+        ("[\n{A}\n{A}]", "line 3: got no JSON: Expecting ',' delimiter at column 1"),
+        ("[\n{A},\n]", "line 3: got no JSON: Expecting value"),
+        ("[\n{A}", "line 2: got no JSON: Expecting ',' delimiter"),
+        ("[{A}]\n\n{A}", "line 3: got no JSON: Extra data"),
+        ('[\n{A},\n{"instruction": "a",\n"output": 5}]', "line 3, example 2, output: got 5"),
+        ('[{A}, {"text": 1}]', "line 1, example 2: got text, expected"),
+    ],
+)
+def test_faults_in_an_array_name_the_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "inline.json"
+    path.write_text(text.replace("{A}", json.dumps(ALPACA)))
+    with pytest.raises(DataError) as caught:
         load_examples([path])
+    assert str(caught.value).startswith(f"{path}, {message}")
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
