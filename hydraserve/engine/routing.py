@@ -105,30 +105,30 @@ class RoutingRecorder:
     """Counts and traces the routers of one worker's layers.
 
     layers: path of each (merged) layer's parts -> its slots, in the order of the layers.
-    every:  every so many steps with an adapter are counted; 0: none.
+    every:  every so many steps with an adapter are counted; 0: none. May be changed between two steps.
     """
 
     def __init__(
         self, layers: Sequence[tuple[Sequence[str], LayerSlots]], max_tokens: int, heads: int, every: int = 0
     ) -> None:
         self.names = [name for names, _ in layers for name in names]
-        self._layers = [slots for _, slots in layers]
-        num_slots = max((slots.num_slots for slots in self._layers), default=1)
-        device = self._layers[0].device if layers else "cpu"
+        self.layers = [slots for _, slots in layers]
+        num_slots = max((slots.num_slots for slots in self.layers), default=1)
+        device = self.layers[0].device if layers else "cpu"
         self.probe = RoutingProbe(num_slots, len(self.names), heads, max_tokens, device)
-        self._every, self._steps, self._counted = every, 0, 0
+        self.every, self._steps, self._counted = every, 0, 0
         self._tokens = np.zeros(num_slots, dtype=np.int64)
         self._totals: dict[int, _Total] = {}
         self._traces: dict[str, _Trace] = {}
         first = 0
-        for slots in self._layers:
+        for slots in self.layers:
             slots.probe_with(self.probe, first)
             first += len(slots.out_slices)
 
     def prepare(self, slots: npt.NDArray[np.int32], step: Step = current_step) -> None:
         """Say what the coming step records. slots: of each row, -1 for the base model."""
         requests = step.take_requests()
-        if (not self._every and not self._traces and not self.probe.active) or not self._is_first_rank():
+        if (not self.every and not self._traces and not self.probe.active) or not self._is_first_rank():
             return
         count = requests is not None and self._counts_this_step(slots)
         traces = self._addresses(step, requests) if requests is not None and self._traces else None
@@ -142,10 +142,10 @@ class RoutingRecorder:
         return get_tensor_model_parallel_rank() == 0
 
     def _counts_this_step(self, slots: npt.NDArray[np.int32]) -> bool:
-        if not self._every or not (slots >= 0).any():
+        if not self.every or not (slots >= 0).any():
             return False
         self._steps += 1
-        return self._steps % self._every == 0
+        return self._steps % self.every == 0
 
     def _addresses(self, step: Step, requests: StepRequests) -> npt.NDArray[np.int64] | None:
         """Where each row's weights go; None when no row is traced."""
@@ -181,9 +181,13 @@ class RoutingRecorder:
         self._tokens[slot] = 0
 
     def _heads(self, slot: int) -> npt.NDArray[np.int64]:
-        """[routers] heads of each router of the adapter in the slot, 0 where there is none."""
-        layouts = [layout for slots in self._layers for layout in slots.layouts[slot] or [None] * len(slots.out_slices)]
-        return np.array([layout.heads if layout is not None and layout.has_router else 0 for layout in layouts])
+        """[routers] heads of each router of the adapter in the slot, 0 where there is none.
+
+        A layer that the adapter does not adapt still has the layout of the slot's adapter before; nothing was counted.
+        """
+        layouts = [layout for slots in self.layers for layout in slots.layouts[slot] or [None] * len(slots.out_slices)]
+        heads = np.array([layout.heads if layout is not None and layout.has_router else 0 for layout in layouts])
+        return heads * self.probe.sums[slot].any(dim=1).cpu().numpy()
 
     def take(self, lora_index_to_id: Sequence[int | None]) -> dict[str, Any]:
         """What was counted since the last call, as plain data; begins anew.

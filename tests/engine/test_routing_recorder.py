@@ -118,6 +118,17 @@ def test_a_slot_that_changes_hands_mid_way_keeps_the_counts_apart() -> None:
     assert sum(counts[8][NAMES[1]].weights) == pytest.approx(5)  # type: ignore[attr-defined]
 
 
+def test_layers_that_only_the_slot_s_adapter_before_had_are_not_counted() -> None:
+    worker = Worker()
+    worker.load(0, 7, heads=4)
+    worker.run({"a": (7, 0, 3)})
+    assert worker.take().keys() == {7}
+    worker.slots.clear(0)  # as the engine does where an adapter has no weights for the layer
+    worker.ids[0] = 8
+    worker.run({"b": (8, 0, 5)})
+    assert worker.take().get(8, {}) == {}
+
+
 def test_dummy_steps_plain_lora_and_unsampled_steps_are_not_counted() -> None:
     worker = Worker(every=3)
     worker.load(0, 7, heads=4)
