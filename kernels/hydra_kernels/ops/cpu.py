@@ -10,13 +10,15 @@ import torch
 
 from hydra_kernels.metadata import StepMetadata
 from hydra_kernels.ops import build
+from hydra_kernels.ops.arena import ALIGNMENT, Arena
 from hydra_kernels.slots import LayerSlots, SlotCapacity
 from hydra_kernels.weights import HydraWeights
 
 # As in csrc/record.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ROW_GROUP, CHUNK, PANEL = 4, 32, 64
-ALIGNMENT = 64  # bytes: a cache line
+
+_arena = Arena()
 
 
 class TableField(IntEnum):
@@ -171,8 +173,7 @@ def _join(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
     for part in parts:
         offsets.append(end)
         end += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
-    blob = torch.zeros(end + ALIGNMENT, dtype=torch.uint8)
-    first = -blob.data_ptr() % ALIGNMENT
+    blob = _arena.take(max(end, ALIGNMENT))
     for part, offset in zip(parts, offsets, strict=True):
-        blob[first + offset : first + offset + part.nbytes] = part.reshape(-1).view(torch.uint8)
-    return blob, [blob.data_ptr() + first + offset for offset in offsets]
+        blob[offset : offset + part.nbytes] = part.reshape(-1).view(torch.uint8)
+    return blob, [blob.data_ptr() + offset for offset in offsets]
