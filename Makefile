@@ -10,6 +10,8 @@ VARIANT ?= auto
 MODEL ?= demo
 ADAPTERS ?= $(patsubst %/,%,$(wildcard examples/adapters/*/))
 ARGS ?=
+# Without compilation the demo answers after half a minute; it is to be looked at, not measured.
+DEMO_ARGS := $(if $(filter demo,$(MODEL)),--enforce-eager)
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -26,7 +28,7 @@ help:
 
 serve: ## serve MODEL (demo: an embedded small model) with ADAPTERS (default: examples/adapters/*)
 	$(INSTALL) serve
-	@exec $(BIN)/hydraserve --model $(MODEL) $(addprefix --adapter ,$(ADAPTERS)) $(ARGS)
+	@exec $(BIN)/hydraserve --model $(MODEL) $(addprefix --adapter ,$(ADAPTERS)) $(DEMO_ARGS) $(ARGS)
 
 test: ## all tests; ARGS goes to pytest, for example ARGS="tests/adapters -x"
 	$(INSTALL) dev

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+
+from hydraserve.bench.process import ServerProcess
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
+
+import parity
 
 # The reference itself differs by 7e-5 between its cached and its full forward; the engine adds its own order of
 # sums. A uniform, reversed or top-1 router or a wrong scaling moves log-probabilities by more than 5e-3.
@@ -18,36 +25,41 @@ TIE_MARGIN = 2e-3
 
 
 @pytest.fixture(scope="module")
-def expected(oracle: Path) -> list[dict[str, Any]]:
-    return json.loads((oracle / "expected" / "mlp_r2_e2.json").read_text())["results"]["float32"]
+def expected(oracle: Path) -> dict[str, list[dict[str, Any]]]:
+    return json.loads((oracle / "expected" / "mlp_r2_e2.json").read_text())["results"]
 
 
-def complete(client: openai.OpenAI, case: dict[str, Any]) -> tuple[list[int], list[dict[str, float]]]:
-    """Generated token ids, and for each step {token text: log-probability} of the 20 most likely."""
-    answer = client.completions.create(
-        model="oracle",
-        prompt=case["prompt_token_ids"],
-        max_tokens=len(case["generated_token_ids"]),
-        temperature=0,
-        logprobs=20,
-        extra_body={"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True},
-    ).choices[0]
-    return answer.token_ids, answer.logprobs.top_logprobs  # type: ignore[attr-defined,union-attr]
+def test_float32_tokens_and_logprobs_equal_the_authors_code(
+    client: openai.OpenAI, expected: dict[str, list[dict[str, Any]]]
+) -> None:
+    found = parity.compare(client, "oracle", expected["float32"])
+    for prompt in found:
+        assert prompt.margin is None or prompt.margin < TIE_MARGIN, prompt
+        assert prompt.worst < FLOAT32_LIMIT, prompt
+    compared = sum(prompt.compared for prompt in found)
+    assert compared > 0.95 * 20 * sum(prompt.tokens for prompt in found)
 
 
-def test_tokens_and_logprobs_equal_the_authors_code(client: openai.OpenAI, expected: list[dict[str, Any]]) -> None:
-    with ThreadPoolExecutor(len(expected)) as pool:  # all in one batch, as a server meets them
-        answers = list(pool.map(lambda case: complete(client, case), expected))
-    compared = 0
-    for case, (tokens, logprobs) in zip(expected, answers, strict=True):
-        for step, (token, top) in enumerate(zip(tokens, logprobs, strict=True)):
-            recorded = case["steps"][step]
-            if token != case["generated_token_ids"][step]:
-                assert recorded["margin"] < TIE_MARGIN, f"{case['name']} step {step}: got token {token}"
-                break  # after a tie that went the other way the texts differ
-            for token_id, logprob in zip(recorded["top20_ids"], recorded["top20_logprobs"], strict=True):
-                got = top.get(f"token_id:{token_id}")
-                if got is not None:
-                    assert abs(got - logprob) < FLOAT32_LIMIT, f"{case['name']} step {step} token {token_id}"
-                    compared += 1
-    assert compared > 0.95 * 20 * sum(len(case["steps"]) for case in expected)
+@pytest.fixture(scope="module")
+def bfloat16_client(
+    demo_model: Path, oracle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[openai.OpenAI]:
+    arguments = ["--model", str(demo_model), "--adapter", f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}"]
+    arguments += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
+    arguments += ["--max-logprobs", "20"]
+    log = tmp_path_factory.mktemp("bfloat16") / "server.log"
+    with ServerProcess(arguments, log, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}) as process:
+        yield openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+def test_bfloat16_differs_no_more_than_two_runs_of_the_reference(
+    bfloat16_client: openai.OpenAI, expected: dict[str, list[dict[str, Any]]]
+) -> None:
+    found = parity.compare(bfloat16_client, "oracle", expected["bfloat16"])
+    line = parity.summary(found)
+    # Two ways of computing the reference in bfloat16 differ by this much; so may the engine, and where two tokens
+    # are closer than that their order.
+    limit = line["reference_worst_nats"]
+    assert line["worst_nats"] < limit, line
+    for prompt in found:
+        assert prompt.margin is None or prompt.margin < limit, prompt
