@@ -36,13 +36,13 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BENCH: dict[str, tuple[str, str, int]] = {
     "adapter-cost": (
         "adapters against LoRA off, by batch",
-        "--shape 8x4 --adapters 1,8 --arms off,control,base-only,hydra --batch 1,8,32 --repeats 7",
-        20,
+        "--shape 8x4 --adapters 1,8 --arms off,control,base-only,hydra --batch 1,8,32 --waves 1 --repeats 7",
+        15,
     ),
     "plain-lora": (
         "against vLLM's own LoRA with as many parameters, and with the same rank",
-        "--shape 8x4 --adapters 1,8 --arms off,hydra,lora,lora-wide --batch 8 --waves 1 --repeats 5",
-        25,
+        "--shape 8x4 --adapters 1,8 --arms off,hydra,lora,lora-wide --batch 8 --waves 1 --output-len 32 --repeats 3",
+        10,
     ),
     "prefill": (
         "the first token of a prompt of 512 tokens",
@@ -52,19 +52,19 @@ BENCH: dict[str, tuple[str, str, int]] = {
     ),
     "adapters": (
         "1 to 16 different adapters of two sizes, by batch",
-        "--shape 8x4,16x8 --adapters 1,4,8,16 --arms off,base-only,hydra --batch 1,8,32 --waves 1 --repeats 5",
-        30,
+        "--shape 8x4,16x8 --adapters 1,4,8,16 --arms off,base-only,hydra --batch 1,8,32 --waves 1 --repeats 3",
+        20,
     ),
     "reference": (
         "against the authors' computation in transformers",
-        "--shape 8x4 --adapters 1,8 --arms off,hydra,reference --batch 8 --waves 1 --repeats 5",
-        20,
+        "--shape 8x4 --adapters 1,8 --arms off,hydra,reference --batch 8 --waves 1 --repeats 3",
+        12,
     ),
     "open-loop": (
         "Poisson arrivals, Zipf popularity, more adapters than slots",
-        "--shape 8x4 --adapters 16 --slots 4 --arms off,hydra --rate 0.5,1,2 --requests 40 --popularity zipf "
+        "--shape 8x4 --adapters 16 --slots 4 --arms off,hydra --rate 1,2 --requests 40 --popularity zipf "
         "--input-len 16-64 --output-len 32-96 --slo ttft=1000,tpot=100 --repeats 3",
-        25,
+        10,
     ),
 }
 # name -> arguments of `hydraserve plan --check`
