@@ -48,7 +48,7 @@ def server(
     arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
-    arguments += ["--router-metrics", "on"]
+    arguments += ["--router-metrics", "on", "--allow-source", str(tmp_path_factory.getbasetemp())]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with ServerProcess(arguments, log, ENGINE_ENV) as process:
         yield process
