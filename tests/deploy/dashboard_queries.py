@@ -9,13 +9,15 @@ from typing import Any
 
 def dashboard_queries(dashboard: dict[str, Any]) -> Iterator[str]:
     """Every expression, as Grafana sends it to Prometheus."""
-    values = {"$__rate_interval": "5m", "$job": ".*", "$instance": ".*", "$adapter": ".*"}
     for panel in dashboard["panels"]:
         for target in panel.get("targets", ()):
-            expr = target["expr"]
-            for name, value in values.items():
-                expr = expr.replace(name, value)
-            yield expr
+            yield _filled(target["expr"])
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
-            yield re.sub(r"label_values\((.*), \w+\)", r"\1", variable["query"]["query"]).replace("$job", ".*")
+            yield _filled(re.sub(r"label_values\((.*), \w+\)", r"\1", variable["query"]["query"]))
+
+
+def _filled(expr: str) -> str:
+    for name, value in {"$__rate_interval": "5m", "$job": ".*", "$instance": ".*", "$adapter": ".*"}.items():
+        expr = expr.replace(name, value)
+    return expr

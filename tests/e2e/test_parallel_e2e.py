@@ -1,12 +1,17 @@
-"""Tensor and pipeline parallel give the tokens of one process, with adapters on all modules."""
+"""Tensor, pipeline and data parallel, with adapters on all modules: the tokens, counts and traces of one process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
+from adapter_client import wait_for
+from prometheus_client.parser import text_string_to_metric_families
 
 from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
@@ -15,13 +20,42 @@ from hydraserve.models import base_shapes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"hydra-r4-e3": (4, 3), "hydra-r8-e2": (8, 2), "plain-r4": (4, 1)}
+ROUTED = ("hydra-r4-e3", "hydra-r8-e2")
+LAYERS, PROMPT, GENERATED = 2, 6, 20
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def answers(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str], log: Path) -> dict[str, list[int]]:
-    """Greedy tokens of every model of a server started with `flags`."""
+@dataclass(frozen=True)
+class Found:
+    """tokens: greedy ones of every model. routers: each router series' labels -> its value, after these requests.
+    traced: adapter -> layers and modules that POST /v1/routing shows for it, each with its mean weights."""
+
+    tokens: Mapping[str, list[int]]
+    routers: Mapping[str, float]
+    traced: Mapping[str, Mapping[str, list[float]]]
+
+
+def router_series(url: str) -> dict[str, float]:
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text)
+    samples = [s for family in families for s in family.samples if s.name.startswith("hydraserve_router_")]
+    counters = [s for s in samples if s.name.endswith("_total") and s.labels]
+    return {f"{s.name} {sorted(s.labels.items())}": s.value for s in counters}
+
+
+def traced(url: str, adapter: str) -> dict[str, list[float]]:
+    body = {"model": adapter, "prompt": [5, 17, 42, 7, 99, 23], "max_tokens": 6, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/routing", json=body, timeout=60).raise_for_status().json()
+    seen = [token["weights"] for token in answer["tokens"] if token["weights"]]
+    return {
+        router["name"]: [sum(weights[i][head] for weights in seen) / len(seen) for head in range(router["heads"])]
+        for i, router in enumerate(answer["routers"])
+    }
+
+
+def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str], log: Path) -> Found:
+    """What a server started with `flags` answers, counts and traces."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *flags]
-    arguments += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8"]
+    arguments += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", "--router-metrics", "on"]
     for name in ADAPTERS:
         arguments += ["--adapter", f"{name}={adapters / name}"]
     with ServerProcess(arguments, log, {**ENV, **env}) as server:
@@ -31,7 +65,7 @@ def answers(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, s
             answer = client.completions.create(
                 model=model,
                 prompt=[5, 17, 42, 7, 99, 23],
-                max_tokens=20,
+                max_tokens=GENERATED,
                 temperature=0,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
             )
@@ -39,7 +73,11 @@ def answers(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, s
 
         with ThreadPoolExecutor(4) as pool:
             models = ["tiny", *ADAPTERS]
-            return dict(zip(models, pool.map(greedy, models), strict=True))
+            tokens = dict(zip(models, pool.map(greedy, models), strict=True))
+        computed = f"hydraserve_router_tokens_total {sorted({'adapter': 'hydra-r4-e3', 'module': 'q_proj'}.items())}"
+        wait_for(lambda: router_series(server.url).get(computed, 0) >= LAYERS * (PROMPT + GENERATED - 1), "the counts")
+        routers = router_series(server.url)
+        return Found(tokens, routers, {name: traced(server.url, name) for name in ROUTED})
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +90,21 @@ def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    found = answers(tiny_llama, adapters, [], {}, tmp_path_factory.mktemp("single") / "log")
-    assert len({tuple(tokens) for tokens in found.values()}) == len(found), "every adapter must change the tokens"
-    return found
+def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    one = found(tiny_llama, adapters, [], {}, tmp_path_factory.mktemp("single") / "log")
+    assert len({tuple(tokens) for tokens in one.tokens.values()}) == len(one.tokens), "every adapter changes the tokens"
+    routed = [value for name, value in one.routers.items() if "router_tokens" in name]
+    assert routed == [LAYERS * (PROMPT + GENERATED - 1)] * len(TARGETS) * len(ROUTED)
+    return one
 
 
-@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size"])
-def test_two_ranks_equal_one(
-    flag: str, tiny_llama: Path, adapters: Path, single: dict[str, list[int]], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "data"])
+def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Found, tmp_path: Path) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    assert answers(tiny_llama, adapters, [flag, "2"], env, tmp_path / "log") == single
+    two = found(tiny_llama, adapters, [f"--{kind}-parallel-size", "2"], env, tmp_path / "log")
+    assert two.tokens == single.tokens
+    assert two.routers == pytest.approx(single.routers, rel=1e-4), "nothing is counted twice, and nothing is left out"
+    for adapter, routers in single.traced.items():
+        assert list(two.traced[adapter]) == list(routers), "in the order of the layers"
+        for name, weights in routers.items():
+            assert two.traced[adapter][name] == pytest.approx(weights, abs=1e-4), name
