@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 HELP = "serve a base model and its adapters over an OpenAI-compatible API (the default command)"
 WORKER_EXTENSION = "hydraserve.engine.worker.HydraWorkerExtension"
 PASSES_THROUGH = True  # flags that are not ours go to vLLM
+LARGEST_BATCH = 1024  # requests that engines compute at once, by vLLM's defaults
 AT_LEAST_ONE = (
     *("slots", "max_adapters", "max_rank", "max_heads", "router_metrics_every", "metrics_adapters"),
     *("max_queued_requests", "max_body_mib"),
@@ -147,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
     config = serve_config(args)
     passthrough: list[str] = args.passthrough
     refuse_unsupported(passthrough)
-    check_port(config.host, config.port)
+    if "--headless" not in passthrough:
+        check_port(config.host, config.port)
 
     from hydraserve.adapters.checkpoint import check_base, inspect_adapter
     from hydraserve.adapters.sizing import plan_slots
@@ -163,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
     print_summary(config, model, summaries, plan)
     parsed = launch.parse(engine_arguments(config, model, plan, passthrough))
     parsed.hydraserve = server_settings(args, config, shapes, parsed)
+    if parsed.max_num_queued_reqs is None:
+        # One HTTP request may hold thousands of prompts: vLLM counts them, when it has read them.
+        parsed.max_num_queued_reqs = LARGEST_BATCH + args.max_queued_requests
     launch.run(parsed)
     return 0
 
@@ -323,7 +328,8 @@ def engine_arguments(config: ServeConfig, model: str, plan: SlotPlan, passthroug
         "--lora-target-modules": list(plan.targets),
         "--additional-config": [json.dumps(EngineOptions(plan.capacity, config.router_metrics).to_config())],
         "--worker-extension-cls": [WORKER_EXTENSION],
-        "--api-server-count": ["1"],  # one process keeps the registry of adapters
+        # One process keeps the registry of adapters; a node that only computes has none.
+        "--api-server-count": [] if "--headless" in passthrough else ["1"],
         "--shutdown-timeout": [str(DEFAULT_SHUTDOWN_TIMEOUT)],
     }
     given = {argument.partition("=")[0].replace("_", "-") for argument in passthrough if argument.startswith("--")}

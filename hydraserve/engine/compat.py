@@ -36,6 +36,7 @@ def apply() -> None:
     _evict_blocks_by_adapter()
     _watch_requests()
     _end_after_the_requests()
+    _leave_the_lora_gauge_to_the_server()
     _tell_whose_rows_a_step_computes()
     _applied = True
 
@@ -286,6 +287,18 @@ def _end_after_the_requests() -> None:
     engine.hydra_ending = cached_property(Ending)
     engine.hydra_ending.__set_name__(engine, "hydra_ending")
     engine.shutdown = partialmethod(partial(shutdown, _symbol(engine, "shutdown")))
+
+
+def _leave_the_lora_gauge_to_the_server() -> None:
+    """Cause: `vllm:lora_requests_info`, which gateways route by, names adapters as the engine does, never forgets a
+    combination of them, and leaves out those that wait for a slot.
+
+    Remove when: vLLM's stat loggers can be told which adapters run and wait.
+    """
+    from hydraserve.engine.gauges import release_lora_gauge
+
+    engine = _symbol(importlib.import_module("vllm.v1.engine.async_llm"), "AsyncLLM")
+    engine.hydra_release_lora_gauge = release_lora_gauge
 
 
 def _tell_whose_rows_a_step_computes() -> None:

@@ -26,11 +26,16 @@ def parse(arguments: list[str]) -> Namespace:
     return args
 
 
+# As in OpenAI's API. vLLM's own limit of answers to one request is 16,384, each a request to the engine.
+MAX_ANSWERS = "128"
+
+
 def run(args: Namespace) -> None:
     """Serve until a signal. vLLM starts its engine and worker processes from here.
 
     Raises EngineError when vLLM refuses its configuration, or its engine does not start or dies.
     """
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", MAX_ANSWERS)
     use_plugins()
     preload_openmp()
     compat.apply()

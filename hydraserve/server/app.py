@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 
 from hydraserve.config import ServerSettings
 from hydraserve.errors import HydraServeError
 from hydraserve.metrics import Metrics
 from hydraserve.server.errors import handle_error
+from hydraserve.server.gateway import LoraRequestsInfo
 from hydraserve.server.health import Readiness
 from hydraserve.server.keys import KeyRing
 from hydraserve.server.limits import LimitMiddleware
@@ -87,6 +89,8 @@ class HydraEndpoints:
         registry = self._server.service.registry
         state.hydraserve_readiness = Readiness(self._traffic, lambda: bool(engine_client.errored), lambda: registry)
         engine_client.hydra_ending.attach(self._traffic.drain)
+        engine_client.hydra_release_lora_gauge()
+        REGISTRY.register(LoraRequestsInfo(self._server.service, config.lora_config.max_loras))
 
     def _ending_with(self, lifespan: Any) -> Any:
         """The app's lifespan, and after it the end of what runs for the adapters."""

@@ -43,6 +43,7 @@ class LimitMiddleware:
             body = await self._read(Headers(scope=scope), receive)
             if body is None:  # the client has gone
                 return
+            check_text(Headers(scope=scope), body)
             check_nesting(body)
             if not counts:
                 await self._app(scope, _replay(body, receive), send)
@@ -84,6 +85,18 @@ class LimitMiddleware:
                 expected=f"at most {self._max_body:,}",
                 fix="send less, or start the server with more --max-body-mib",
             )
+
+
+def check_text(headers: Headers, body: bytes) -> None:
+    """Raises InvalidRequestError for JSON that is not UTF-8; Python's parser would guess other encodings."""
+    if not headers.get("content-type", "application/json").startswith("application/json"):
+        return
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            "body", got=f"byte {body[error.start]:#04x} at {error.start}", expected="JSON in UTF-8", fix="encode it so"
+        ) from None
 
 
 def check_nesting(body: bytes) -> None:

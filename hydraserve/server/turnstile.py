@@ -48,6 +48,11 @@ class Turnstile:
         """Requests that wait for this adapter's turn."""
         return len(self._waiting.get(adapter, ()))
 
+    def running(self, adapter: str) -> int:
+        """Requests that this adapter has in the engine."""
+        turn = self._turns.get(adapter)
+        return 0 if turn is None else turn.running
+
     async def enter(self, adapter: str, on_wait: Callable[[], None] | None = None) -> None:
         """Wait for the adapter's turn. Each return of this must be followed by one `leave`.
 
