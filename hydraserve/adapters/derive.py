@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+from hydra_kernels import Carry
+
 from hydraserve.adapters.weights import HydraAdapter, HydraWeights
 from hydraserve.errors import UnknownAdapterError
 
@@ -61,18 +63,18 @@ def _one_head(path: str, weights: HydraWeights, head: int) -> HydraWeights:
     if head >= layout.heads:
         raise _unknown(f"head={head}", f"head {head} of {path}", f"0 to {layout.heads - 1}, the heads of this module")
     rows = slice(None) if layout.shared_a else slice(head * layout.rank, (head + 1) * layout.rank)
-    plain = replace(layout, heads=1, shared_a=True, top_k=0, has_router=False, has_bias=False)
+    plain = replace(layout, heads=1, shared_a=True, top_k=0, has_router=False, has_bias=False, carry=Carry.NONE)
     return replace(weights, a=weights.a[rows], b=weights.b[head : head + 1], router=None, bias=None, layout=plain)
 
 
 def _top_k(weights: HydraWeights, k: int) -> HydraWeights:
-    if not weights.layout.has_router or k >= weights.layout.heads:
+    if not weights.layout.routed or k >= weights.layout.heads:
         return weights
     return replace(weights, layout=replace(weights.layout, top_k=k, renormalize=True))
 
 
 def _uniform(weights: HydraWeights) -> HydraWeights:
-    layout = replace(weights.layout, top_k=0, has_router=False, has_bias=False)
+    layout = replace(weights.layout, top_k=0, has_router=False, has_bias=False, carry=Carry.NONE)
     return replace(weights, router=None, bias=None, layout=layout)
 
 

@@ -193,9 +193,7 @@ def _parse(data: bytes, path: Path) -> HydraAdapter:
 
 
 def _weights(tensors: Mapping[str, Any], record: Mapping[str, Any]) -> HydraWeights:
-    rank, heads, shared_a, top_k, renormalize, has_router, has_bias, _ = record["layout"]
-    layout = Layout(rank, heads, bool(shared_a), top_k, bool(renormalize), bool(has_router), bool(has_bias))
-    return HydraWeights(**tensors, layout=layout, scaling=float.fromhex(record["scaling"]))
+    return HydraWeights(**tensors, layout=Layout.of_record(record["layout"]), scaling=float.fromhex(record["scaling"]))
 
 
 def _damaged(path: Path, got: str) -> UnreadableFileError:

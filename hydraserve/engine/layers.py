@@ -43,6 +43,12 @@ def slot_capacity(capacity: SlotCapacity) -> Iterator[None]:
         _capacity.reset(token)
 
 
+def carried_heads() -> int:
+    """Heads that the step's buffer of shared logits must have for the layers made in this context; 0 outside one."""
+    capacity = _capacity.get(None)
+    return 0 if capacity is None else capacity.heads
+
+
 @dataclass
 class ModuleWeights:
     """What a `LoRAModel` holds for one module: one HydraWeights (or None: not adapted) for each packed part."""

@@ -9,6 +9,8 @@ import torch
 from hydra_kernels import StepMetadata
 from vllm.lora.layers import LoRAMapping
 
+from hydraserve.engine.layers import carried_heads
+
 
 class PunicaWrapper(Protocol):
     """What our layers need of the wrapper that vLLM hands to every LoRA layer of a model."""
@@ -29,7 +31,8 @@ def with_step_metadata(base: type) -> type:
             self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
         ) -> None:
             super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-            self.step = StepMetadata(max_num_batched_tokens, kwargs["lora_config"].max_loras, device)
+            slots = kwargs["lora_config"].max_loras
+            self.step = StepMetadata(max_num_batched_tokens, slots, device, carried_heads())
             self.native_layers = True
 
         def update_metadata(

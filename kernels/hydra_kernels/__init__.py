@@ -14,9 +14,10 @@ from hydra_kernels.dispatch import make_slots
 from hydra_kernels.metadata import StepMetadata
 from hydra_kernels.probe import RoutingProbe
 from hydra_kernels.slots import LayerSlots, SlotCapacity
-from hydra_kernels.weights import HydraWeights, Layout
+from hydra_kernels.weights import Carry, HydraWeights, Layout
 
 __all__ = [
+    "Carry",
     "HydraWeights",
     "LayerSlots",
     "Layout",

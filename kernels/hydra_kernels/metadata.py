@@ -59,10 +59,13 @@ class StepMetadata:
 
     host:   the buffer on the CPU: what CPU operators read, and where launchers look for "nothing to do".
     device: its copy on the accelerator, updated without synchronisation; `host` itself on a CPU.
+    carry:  [N, heads] float32 on the device, for logits that go from one layer of the step to another (see `Carry`);
+            None when `heads` is 0. What a step leaves in it means nothing to the next.
     """
 
-    def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str = "cpu", heads: int = 0) -> None:
         self.max_tokens, self.max_slots = max_tokens, max_slots
+        self.carry = torch.zeros(max_tokens, heads, dtype=torch.float32, device=device) if heads else None
         self.parts = buffer_parts(max_tokens, max_slots)
         self.host = torch.zeros(self.parts["token_slot"].stop, dtype=torch.int32)
         self.part("token_slot").fill_(-1)

@@ -57,6 +57,7 @@ class LayerSlots(ABC):
         self.num_slots, self.in_features, self.out_slices = num_slots, in_features, tuple(out_slices)
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.layouts: list[tuple[Layout | None, ...]] = [()] * num_slots  # of each slot's last load
+        self.carries = False  # whether any adapter so far had logits that go between layers
         self.probe: RoutingProbe | None = None
         self.first_router = 0
 
@@ -90,7 +91,17 @@ class LayerSlots(ABC):
                     f"expected {self.in_features} -> {out}"
                 )
         self.layouts[slot] = tuple(None if part is None else part.layout for part in weights)
+        self.carries |= any(layout is not None and layout.carry for layout in self.layouts[slot])
         self._store(slot, weights)
+
+    def _carry(self, meta: StepMetadata) -> torch.Tensor | None:
+        """The step's buffer of logits. Raises ValueError when an adapter needs one that is not there."""
+        room = 0 if meta.carry is None else meta.carry.shape[1]
+        if self.carries and room < self.capacity.heads:
+            raise ValueError(
+                f"step metadata: got a carry of {room} heads, expected {self.capacity.heads}; make it with heads=..."
+            )
+        return meta.carry
 
     @abstractmethod
     def _store(self, slot: int, weights: Sequence[HydraWeights | None]) -> None: ...
@@ -168,14 +179,16 @@ class StackedSlots(LayerSlots):
         return sum(t.numel() * t.element_size() for t in (self.a, self.b, self.layout, self.bias))
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, meta: StepMetadata) -> None:
-        torch.ops.hydra_kernels.linear_(y, x, self.a, *self._expand_args(), *meta_args(meta), *self._probe_args())
+        step = *meta_args(meta), *self._probe_args(), self._carry(meta)
+        torch.ops.hydra_kernels.linear_(y, x, self.a, *self._expand_args(), *step)
 
     def shrink(self, x: torch.Tensor, meta: StepMetadata) -> torch.Tensor:
         z: torch.Tensor = torch.ops.hydra_kernels.shrink(x, self.a, self.layout, *meta_args(meta))
         return z
 
     def expand_(self, y: torch.Tensor, z: torch.Tensor, meta: StepMetadata) -> None:
-        torch.ops.hydra_kernels.expand_(y, z, *self._expand_args(), *meta_args(meta), *self._probe_args())
+        step = *meta_args(meta), *self._probe_args(), self._carry(meta)
+        torch.ops.hydra_kernels.expand_(y, z, *self._expand_args(), *step)
 
     def _expand_args(self) -> tuple[torch.Tensor | tuple[int, ...], ...]:
         return self.b, self.layout, self.bias, self.slice_start, self.out_slices

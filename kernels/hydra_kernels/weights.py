@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -18,10 +19,23 @@ class LayoutField(IntEnum):
     RENORMALIZE = 4
     HAS_ROUTER = 5
     HAS_BIAS = 6
-    RESERVED = 7
+    CARRY = 7
 
 
 LAYOUT_FIELDS = len(LayoutField)
+
+
+class Carry(IntEnum):
+    """Whether a layer's routing is another layer's too, for routers that several layers of a block share.
+
+    NONE:  no.
+    GIVES: it leaves its router's logits, bias included, for the layers that come after it in the same step.
+    TAKES: it has no router, and takes the logits that the last GIVES layer before it left for the same token.
+    """
+
+    NONE = 0
+    GIVES = 1
+    TAKES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +48,9 @@ class Layout:
                  rows i*r .. (i+1)*r (LoRAMoE).
     top_k:       0: all heads. k > 0: only the k largest routing weights count (the first wins a tie).
     renormalize: with top_k, whether the kept weights are scaled to sum to one.
-    has_router:  False only for one head (weight 1) or for a uniform mixture (weight 1/E).
+    has_router:  False only for one head (weight 1), for a uniform mixture (weight 1/E), or with `Carry.TAKES`.
     has_bias:    whether a bias [E] is added to the router's logits.
+    carry:       whether the logits go to, or come from, another layer.
 
     Raises ValueError for sizes that cannot exist.
     """
@@ -47,6 +62,7 @@ class Layout:
     renormalize: bool = True
     has_router: bool = False
     has_bias: bool = False
+    carry: Carry = Carry.NONE
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.heads < 1:
@@ -55,6 +71,20 @@ class Layout:
             raise ValueError(f"layout: got top_k={self.top_k}; expected 0 (all heads) to {self.heads}")
         if self.has_bias and not self.has_router:
             raise ValueError("layout: got a router bias without a router; give the router or drop the bias")
+        if (self.carry is Carry.GIVES and not self.has_router) or (self.carry is Carry.TAKES and self.has_router):
+            raise ValueError(f"layout: got {self.carry!r} with has_router={self.has_router}; who gives has one")
+
+    @classmethod
+    def of_record(cls, record: Sequence[int]) -> Layout:
+        """The layout with this `record`, whose rank is not 0."""
+        rank, heads, shared_a, top_k, renormalize, has_router, has_bias, carry = record
+        flags = bool(renormalize), bool(has_router), bool(has_bias)
+        return cls(rank, heads, bool(shared_a), top_k, *flags, Carry(carry))
+
+    @property
+    def routed(self) -> bool:
+        """Whether the weights come from a router's logits, its own or another layer's."""
+        return self.has_router or self.carry is Carry.TAKES
 
     @property
     def a_rows(self) -> int:
@@ -81,7 +111,7 @@ class Layout:
             int(self.renormalize),
             int(self.has_router),
             int(self.has_bias),
-            0,
+            int(self.carry),
         ]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_op_shrink.py", "test_op_expand.py", "test_op_linear.py", "test_op_record.py")
+FILES = ("test_op_shrink.py", "test_op_expand.py", "test_op_linear.py", "test_op_record.py", "test_carry.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the files run on it, as they are")

@@ -96,7 +96,7 @@ class Layer:
 
         s = self.slots
         probe = None if s.probe is None else s.probe.control
-        step = *meta_args(meta), config, probe, s.first_router
+        step = *meta_args(meta), config, probe, s.first_router, meta.carry
         expand_(y, z, s.b, s.layout, s.bias, s.slice_start, s.out_slices, *step)
 
     def linear_(

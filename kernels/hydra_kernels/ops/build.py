@@ -188,7 +188,7 @@ def _register_fakes() -> None:
     register("hydra_kernels::cpu_shrink", _empty_z)
 
 
-def _nothing(*_: torch.Tensor) -> None:
+def _nothing(*_: torch.Tensor | None) -> None:
     """An op that only writes into its arguments."""
 
 

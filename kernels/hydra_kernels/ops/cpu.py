@@ -40,6 +40,7 @@ class TableField(IntEnum):
     DTYPE = 13
     PROBE = 14
     ROUTER = 15
+    CARRY = 16
 
 
 def pack_a(a: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ def pack_b(b: torch.Tensor) -> torch.Tensor:
 class PackedSlots(LayerSlots):
     """Slots of any mix of sizes in main memory; needs the native library, see `build.load`.
 
-    table: [slots, slices, 16] int64, see `TableField`: the addresses of the packed weights and how to read them.
+    table: [slots, slices, 17] int64, see `TableField`: the addresses of the packed weights and how to read them.
            It keeps its own address for the life of the object; a slot's weights move when it is loaded again.
     """
 
@@ -132,6 +133,7 @@ class PackedSlots(LayerSlots):
             TableField.DTYPE: DTYPES[self.dtype],
             TableField.PROBE: 0 if self.probe is None else self.probe.control.data_ptr(),
             TableField.ROUTER: self.first_router + index,
+            TableField.CARRY: layout.carry,
         }
         return [int(record[field]) for field in TableField]
 
@@ -145,7 +147,7 @@ class PackedSlots(LayerSlots):
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, meta: StepMetadata) -> None:
         self._check(meta)
-        self._linear(y, x, self.table, meta.host)
+        self._linear(y, x, self.table, meta.host, self._carry(meta))
 
     def shrink(self, x: torch.Tensor, meta: StepMetadata) -> torch.Tensor:
         self._check(meta)
@@ -154,7 +156,7 @@ class PackedSlots(LayerSlots):
 
     def expand_(self, y: torch.Tensor, z: torch.Tensor, meta: StepMetadata) -> None:
         self._check(meta)
-        self._expand(y, z, self.table, meta.host)
+        self._expand(y, z, self.table, meta.host, self._carry(meta))
 
     def _check(self, meta: StepMetadata) -> None:
         """The op finds the parts of the metadata by the number of slots."""

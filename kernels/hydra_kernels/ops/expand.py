@@ -23,11 +23,14 @@ from hydra_kernels.ops.record import record
 from hydra_kernels.ops.shrink import HAS_ROUTER, RECORD, load_layout, load_tile, load_z, tile_grid, tile_offsets
 from hydra_kernels.tuning import ExpandConfig, expand_config
 from hydra_kernels.tuning.config import power_of_two
-from hydra_kernels.weights import LayoutField
+from hydra_kernels.weights import Carry, LayoutField
 
 TOP_K = tl.constexpr(int(LayoutField.TOP_K))
 RENORMALIZE = tl.constexpr(int(LayoutField.RENORMALIZE))
 HAS_BIAS = tl.constexpr(int(LayoutField.HAS_BIAS))
+CARRY_FIELD = tl.constexpr(int(LayoutField.CARRY))
+GIVES = tl.constexpr(int(Carry.GIVES))
+TAKES = tl.constexpr(int(Carry.TAKES))
 
 UNIT = tl.constexpr(8)
 
@@ -54,12 +57,23 @@ def _find_slice(slice_start_ptr, i_out, SLICES: tl.constexpr, PROGRAM_OUT: tl.co
 
 
 @triton.jit
-def _load_logits(p_logits, p_bias, o_head, heads, routed, biased, m_token, split_stride, SPLITS: tl.constexpr):
-    """Router logits [T, H] of the heads in o_head [H]: 0 without a router (routed 0), -inf beyond the heads."""
+def _load_logits(
+    p_logits, p_bias, o_head, heads, routed, biased, taken, p_carry, m_token, split_stride, SPLITS: tl.constexpr,
+    CARRY: tl.constexpr,
+):  # fmt: skip
+    """Router logits [T, H] of the heads in o_head [H]: 0 without a router (routed 0), -inf beyond the heads.
+
+    With CARRY and taken > 0 they are those at p_carry [T, 1], which another layer left.
+    """
     m_routed = m_token[:, None] & (o_head < routed)[None, :]
     logits = load_z(p_logits + o_head[None, :], m_routed, split_stride, SPLITS)
     bias = tl.load(p_bias + o_head, mask=o_head < biased, other=0.0)
-    return tl.where((o_head < heads)[None, :], logits + bias[None, :], float("-inf"))
+    logits += bias[None, :]
+    if CARRY:
+        m_taken = m_token[:, None] & (o_head < taken)[None, :]
+        if taken > 0:
+            logits += tl.load(p_carry + o_head[None, :], mask=m_taken, other=0.0)
+    return tl.where((o_head < heads)[None, :], logits, float("-inf"))
 
 
 @triton.jit
@@ -122,14 +136,17 @@ def _build_h(
     ALIGNED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CARRY: tl.constexpr,
 ):
     """h transposed, [K, T], of the block's units."""
     p_z, m_token, split_stride = z
-    rank, heads, a_rows, routed, biased, p_bias = adapter
+    rank, heads, a_rows, routed, biased, p_bias, taken, p_carry = adapter
     unit = i_k * (BLOCK_K // UNIT) + tl.arange(0, BLOCK_K // UNIT)
     units_of_head = tl.cdiv(rank, UNIT)
     head = unit // units_of_head
-    logits = _load_logits(p_z + a_rows, p_bias, head, heads, routed, biased, m_token, split_stride, SPLITS)
+    logits = _load_logits(
+        p_z + a_rows, p_bias, head, heads, routed, biased, taken, p_carry, m_token, split_stride, SPLITS, CARRY
+    )
     w = _weights(logits, head, gate)  # [T, U]
 
     in_head = (unit - head * units_of_head) * UNIT
@@ -161,6 +178,7 @@ def _add_block(
     ALIGNED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CARRY: tl.constexpr,
 ):
     """y += B h for one block of out, whose y and first blocks of B and h are given."""
     acc = tl.dot(b_b, b_h, b_y.to(tl.float32), input_precision="ieee")
@@ -169,7 +187,7 @@ def _add_block(
         # One stage: h is not to be computed ahead.
         for i_k in tl.range(1, tl.cdiv(heads * tl.cdiv(rank, UNIT) * UNIT, BLOCK_K), num_stages=1):
             b_b = _load_b(p_b, i_k, rank, heads, m_out, ALIGNED, BLOCK_K)
-            b_h = _build_h(z, adapter, gate, i_k, b_b.dtype, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K)
+            b_h = _build_h(z, adapter, gate, i_k, b_b.dtype, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K, CARRY)
             acc = tl.dot(b_b, b_h, acc, input_precision="ieee")
     tl.store(p_y, acc.to(b_y.dtype), mask=m_y)
 
@@ -186,6 +204,7 @@ def _add_delta(
     p_bias,
     p_layout,
     probe,
+    p_carry,  # [BT, 1]
     K_STRIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -195,6 +214,7 @@ def _add_delta(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     PROBE: tl.constexpr,
+    CARRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The gate, and y += B h for a program's columns of y."""
@@ -212,20 +232,43 @@ def _add_delta(
 
     routed = tl.where(tl.load(p_layout + HAS_ROUTER) != 0, heads, 0)
     biased = tl.where(tl.load(p_layout + HAS_BIAS) != 0, heads, 0)
+    carry = tl.load(p_layout + CARRY_FIELD)
+    taken = tl.where(carry == TAKES, heads, 0)
     o_head = tl.arange(0, BLOCK_HEADS)
-    logits = _load_logits(p_z + a_rows, p_bias, o_head, heads, routed, biased, m_token, split_stride, SPLITS)
-    top_k = tl.where(routed > 0, tl.load(p_layout + TOP_K), 0)  # of a uniform mixture, all heads count
+    logits = _load_logits(
+        p_z + a_rows, p_bias, o_head, heads, routed, biased, taken, p_carry, m_token, split_stride, SPLITS, CARRY
+    )
+    top_k = tl.where(routed + taken > 0, tl.load(p_layout + TOP_K), 0)  # of a uniform mixture, all heads count
     gate = _gate(logits, top_k, tl.load(p_layout + RENORMALIZE), BLOCK_HEADS)
+    if CARRY:
+        gives = probe[4] & (carry == GIVES)
+        if gives:
+            tl.store(p_carry + o_head[None, :], logits, mask=m_token[:, None] & (o_head < heads)[None, :])
     if PROBE:
         probe_ptr, token, slot, router, recorder = probe
         if recorder & (routed > 0):
             record(probe_ptr, _weights(logits, o_head, gate), o_head, routed, token, m_token, slot, router)
-    adapter = (rank, heads, a_rows, routed, biased, p_bias)
-    b_h = _build_h(z, adapter, gate, 0, p_b.dtype.element_ty, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K)  # [BK, BT]
+    adapter = (rank, heads, a_rows, routed, biased, p_bias, taken, p_carry)
+    b_h = _build_h(z, adapter, gate, 0, p_b.dtype.element_ty, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K, CARRY)  # [BK, BT]
 
     if OUT_STEPS == 1:
         _add_block(
-            p_y, m_y, b_y, p_b, m_out, b_b, b_h, z, adapter, gate, K_STRIDE, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K
+            p_y,
+            m_y,
+            b_y,
+            p_b,
+            m_out,
+            b_b,
+            b_h,
+            z,
+            adapter,
+            gate,
+            K_STRIDE,
+            SPLITS,
+            ALIGNED,
+            BLOCK_TOKENS,
+            BLOCK_K,
+            CARRY,
         )
     else:
         for i in range(tl.cdiv(columns, BLOCK_OUT)):
@@ -234,7 +277,22 @@ def _add_delta(
             b_y = tl.load(p_y, mask=m_y, other=0.0)
             b_b = _load_b(p_b, 0, rank, heads, m_out, ALIGNED, BLOCK_K)
             _add_block(
-                p_y, m_y, b_y, p_b, m_out, b_b, b_h, z, adapter, gate, K_STRIDE, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K
+                p_y,
+                m_y,
+                b_y,
+                p_b,
+                m_out,
+                b_b,
+                b_h,
+                z,
+                adapter,
+                gate,
+                K_STRIDE,
+                SPLITS,
+                ALIGNED,
+                BLOCK_TOKENS,
+                BLOCK_K,
+                CARRY,
             )
             p_y += BLOCK_OUT
             p_b += BLOCK_OUT * K_STRIDE
@@ -250,6 +308,7 @@ def _expand_kernel(
     slice_start_ptr,  # [SLICES + 1]
     meta_ptr,
     probe_ptr,  # control of a `RoutingProbe`, if PROBE
+    carry_ptr,  # [>= tokens, HEADS] float32, if CARRY
     tokens,
     out,
     y_stride,
@@ -271,6 +330,7 @@ def _expand_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     PROBE: tl.constexpr,
+    CARRY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     i_out = tl.program_id(0) % programs
@@ -293,18 +353,19 @@ def _expand_kernel(
     p_b = b_ptr + (slot * out + o_out)[:, None] * K_STRIDE
     p_z = z_ptr + ((tl.cast(i_slice, tl.int64) * tokens + token) * ROWS)[:, None]
     z = (p_z, m_token, tl.cast(tokens, tl.int64) * SLICES * ROWS)
+    p_carry = (carry_ptr + token * HEADS)[:, None]
     # The first program of a slice records the gate; each of them computes it.
     probe = (probe_ptr, token, slot, first_router + i_slice, column == tl.load(slice_start_ptr + i_slice))
     # fmt: off
     if rank % UNIT == 0:
         _add_delta(
-            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, probe, K_STRIDE, SPLITS, True,
-            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, BLOCK_K, BLOCK_HEADS, PROBE, PDL,
+            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, probe, p_carry, K_STRIDE, SPLITS, True,
+            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, BLOCK_K, BLOCK_HEADS, PROBE, CARRY, PDL,
         )
     else:
         _add_delta(
-            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, probe, K_STRIDE, SPLITS, False,
-            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, 2 * UNIT, BLOCK_HEADS, PROBE, PDL,
+            p_y, p_b, end - column, z, rank, heads, a_rows, p_bias, p_layout, probe, p_carry, K_STRIDE, SPLITS, False,
+            BLOCK_TOKENS, BLOCK_OUT, OUT_STEPS, 2 * UNIT, BLOCK_HEADS, PROBE, CARRY, PDL,
         )
     # fmt: on
 
@@ -329,6 +390,7 @@ def expand_(
     config: ExpandConfig | None = None,
     probe: torch.Tensor | None = None,
     first_router: int = 0,
+    carry: torch.Tensor | None = None,
 ) -> None:
     """The gate and the product with B, added to y in place, in one launch.
 
@@ -344,6 +406,7 @@ def expand_(
     meta_host, meta_device: the buffer of a `StepMetadata(max_tokens, max_slots)`, which has at most T tokens.
     config:      block sizes, default `tuning.expand_config`. They do not change a bit of the result.
     probe:       `RoutingProbe.control`, of which slice i is router `first_router` + i; None to record nothing.
+    carry:       `StepMetadata.carry`, with as many heads as the slots; None when no adapter has a shared router.
 
     Rows without a slot and columns of slices that the slot does not adapt are not touched. Bitwise repeatable; a
     row does not depend on its neighbours; no synchronisation with the host.
@@ -364,6 +427,7 @@ def expand_(
         slice_start,
         meta_device,
         meta_device if probe is None else probe,
+        bias if carry is None else carry,
         tokens,
         out,
         y.stride(0),
@@ -383,6 +447,7 @@ def expand_(
         BLOCK_K=config.block_k,
         BLOCK_HEADS=power_of_two(heads),
         PROBE=probe is not None,
+        CARRY=carry is not None,
         PDL=config.pdl,
         num_warps=config.warps,
         num_stages=config.stages,

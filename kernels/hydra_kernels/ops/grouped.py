@@ -15,7 +15,7 @@ import torch
 from hydra_kernels.metadata import HEADER, NUM_SEGMENTS
 from hydra_kernels.probe import ControlField
 from hydra_kernels.reference import gate
-from hydra_kernels.weights import Layout
+from hydra_kernels.weights import Carry, Layout
 
 
 def segments(meta: torch.Tensor, max_slots: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -28,9 +28,9 @@ def segments(meta: torch.Tensor, max_slots: int) -> Iterator[tuple[int, torch.Te
 
 def layouts(record: list[list[int]]) -> Iterator[tuple[int, Layout]]:
     """(slice, layout) for each slice that the slot's record [slices, 8] adapts."""
-    for i, (rank, heads, shared, top_k, renormalize, router, bias, _) in enumerate(record):
-        if rank:
-            yield i, Layout(rank, heads, bool(shared), top_k, bool(renormalize), bool(router), bool(bias))
+    for i, fields in enumerate(record):
+        if fields[0]:
+            yield i, Layout.of_record(fields)
 
 
 def record(probe: torch.Tensor, w: torch.Tensor, slot: int, rows: torch.Tensor, router: int) -> None:
@@ -72,6 +72,7 @@ def expand_(
     max_slots: int,
     probe: torch.Tensor | None = None,
     first_router: int = 0,
+    carry: torch.Tensor | None = None,
 ) -> None:
     start = [0, *accumulate(out_slices)]
     for slot, rows in segments(meta, max_slots):
@@ -82,6 +83,10 @@ def expand_(
             logits = group[:, lay.a_rows : lay.z_rows] if lay.has_router else None
             if logits is not None and lay.has_bias:  # else the slot's bias is what an earlier adapter left there
                 logits = logits + bias[slot, i, : lay.heads]
+            if carry is not None and lay.carry is Carry.TAKES:
+                logits = carry[rows, : lay.heads]
+            elif carry is not None and lay.carry is Carry.GIVES and logits is not None:
+                carry[rows, : lay.heads] = logits
             w = gate(logits, lay, rows.numel(), torch.float32).to(z.device)
             if lay.has_router and probe is not None and probe.device.type == "cpu":
                 record(probe, w, slot, rows, first_router + i)

@@ -19,7 +19,9 @@ from hydra_kernels.tuning import expand_config
 # The registrations last as long as this object.
 LIBRARY = torch.library.Library("hydra_kernels", "FRAGMENT")
 
-PROBE = "Tensor? probe, int first_router"
+# Written through its address, like the probe's memory: the layer that reads it depends on the one that wrote it by y.
+CARRY = "Tensor? carry=None"
+PROBE = f"Tensor? probe, int first_router, {CARRY}"
 META = "Tensor meta_host, Tensor meta_device, int max_tokens, int max_slots"
 B_AND_GATE = "Tensor b, Tensor layout, Tensor bias, Tensor slice_start, int[] out_slices"
 LIBRARY.define(f"shrink(Tensor x, Tensor a, Tensor layout, {META}) -> Tensor")
@@ -55,8 +57,9 @@ def _expand(
     max_slots: int,
     probe: torch.Tensor | None,
     first_router: int,
+    carry: torch.Tensor | None = None,
 ) -> None:
-    grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router)
+    grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router, carry)
 
 
 @torch.library.impl(LIBRARY, "linear_", "CompositeExplicitAutograd")
@@ -75,10 +78,11 @@ def _linear(
     max_slots: int,
     probe: torch.Tensor | None,
     first_router: int,
+    carry: torch.Tensor | None = None,
 ) -> None:
     if int(meta_host[NUM_SEGMENTS]) > 0:
         z = grouped.shrink(x, a, layout, meta_host, max_slots)
-        grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router)
+        grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router, carry)
 
 
 def _nothing_to_do(rows: torch.Tensor, meta_host: torch.Tensor) -> bool:
@@ -124,13 +128,14 @@ def _expand_cuda(
     max_slots: int,
     probe: torch.Tensor | None,
     first_router: int,
+    carry: torch.Tensor | None = None,
 ) -> None:
     if _nothing_to_do(y, meta_host):
         return
     from hydra_kernels.ops.expand import expand_
 
     meta = meta_host, meta_device, max_tokens, max_slots
-    expand_(y, z.contiguous(), b, layout, bias, slice_start, out_slices, *meta, None, probe, first_router)
+    expand_(y, z.contiguous(), b, layout, bias, slice_start, out_slices, *meta, None, probe, first_router, carry)
 
 
 @torch.library.impl(LIBRARY, "linear_", "CUDA")
@@ -149,6 +154,7 @@ def _linear_cuda(
     max_slots: int,
     probe: torch.Tensor | None,
     first_router: int,
+    carry: torch.Tensor | None = None,
 ) -> None:
     if _nothing_to_do(x, meta_host):
         return
@@ -158,7 +164,7 @@ def _linear_cuda(
     meta = meta_host, meta_device, max_tokens, max_slots
     config = expand_config(y.device, y.dtype, y.shape[0], b.shape[1], b.shape[2], len(out_slices))
     z = shrink_partials(x, a, layout, *meta, pdl=config.pdl)
-    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, config, probe, first_router)
+    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, config, probe, first_router, carry)
 
 
 @torch.library.register_fake("hydra_kernels::shrink", lib=LIBRARY)
@@ -194,7 +200,7 @@ def launch_empty_steps(slots: StackedSlots, max_tokens: int) -> None:
     from hydra_kernels.ops.expand import expand_
     from hydra_kernels.ops.shrink import shrink_partials, sum_partials
 
-    meta = StepMetadata(max_tokens, slots.num_slots, slots.device)
+    meta = StepMetadata(max_tokens, slots.num_slots, slots.device, slots.capacity.heads)
     step, slices, rows = meta_args(meta), slots.a.shape[1], slots.a.shape[2]
     gate = slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices
     x = torch.empty(max_tokens, slots.in_features, dtype=slots.dtype, device=slots.device)
@@ -204,7 +210,7 @@ def launch_empty_steps(slots: StackedSlots, max_tokens: int) -> None:
     for tokens in [1 << bits for bits in range((max_tokens - 1).bit_length())] + [max_tokens]:
         config = expand_config(slots.device, slots.dtype, tokens, slots.b.shape[1], slots.b.shape[2], slices)
         z = shrink_partials(x[:tokens], slots.a, slots.layout, *step, pdl=config.pdl)
-        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router)
+        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router, meta.carry)
         z = shrink_partials(x[:tokens], slots.a, slots.layout, *step)
         z = sum_partials(z, rows, slots.layout, meta.device, meta.max_tokens, meta.max_slots)
-        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router)
+        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router, meta.carry)

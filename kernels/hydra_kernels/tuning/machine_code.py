@@ -123,7 +123,9 @@ def linear_launches(
         z = shrink.shrink_partials(empty(tokens, shape.in_features), a, layout, *step, shrink_config, pdl)
         y = empty(tokens, shape.out)
         control = empty(tokens, dtype=torch.int64) if probe else None
-        expand.expand_(y, z, b, layout, bias, starts, shape.out_slices, *step, expand_config, control)
+        carry = empty(tokens, capacity.heads, dtype=torch.float32)  # as the engine has it
+        gate = b, layout, bias, starts, shape.out_slices
+        expand.expand_(y, z, *gate, *step, expand_config, control, carry=carry)
     return launches[0], launches[1]
 
 

@@ -48,9 +48,15 @@ inline void scale_to_sum_one(float* w, int64_t heads) {
   for (int64_t i = 0; i < heads; ++i) w[i] *= inverse;
 }
 
+// Leaves the router's logits g [heads], and its bias, for the layers that take them.
+inline void give_logits(const Record& r, const float* g, float* to) {
+  const auto* bias = reinterpret_cast<const float*>(r.bias);
+  for (int64_t i = 0; i < r.heads; ++i) to[i] = bias ? g[i] + bias[i] : g[i];
+}
+
 // w [heads] from the router's logits g [heads] (not read without a router). spare: [heads].
 inline void routing_weights(const Record& r, const float* g, float* w, float* spare) {
-  if (!r.has_router) {
+  if (!r.has_router && !r.takes()) {
     for (int64_t i = 0; i < r.heads; ++i) w[i] = 1.0f / static_cast<float>(r.heads);
     return;
   }

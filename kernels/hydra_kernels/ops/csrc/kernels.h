@@ -35,6 +35,8 @@ struct ExpandArgs {
   float* scratch;      // 64-byte aligned, scratch_floats(record) long
   const Probe* probe;  // nullptr: nothing is recorded
   int64_t slot;
+  float* carry;  // [T, ...], logits between layers, rows carry_stride apart; nullptr when no record has a carry
+  int64_t carry_stride;
 };
 
 struct Kernels {

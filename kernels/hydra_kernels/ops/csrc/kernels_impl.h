@@ -145,7 +145,9 @@ inline const typename D::H* gate(const ExpandArgs& args, int64_t steps) {
   Tally tally(args.probe, r, args.slot, sums);
   for (int64_t t = 0; t < args.tokens.count; ++t) {
     const float* z = args.z + args.tokens.ids[t] * args.z_stride;
-    routing_weights(r, z + r.a_rows(), w, h);
+    float* carried = r.carry ? args.carry + args.tokens.ids[t] * args.carry_stride : nullptr;
+    routing_weights(r, r.takes() ? carried : z + r.a_rows(), w, h);
+    if (r.gives() && args.begin == 0) give_logits(r, z + r.a_rows(), carried);
     tally.add(args.tokens.ids[t], w);
     mix(r, z, w, h);
     for (int64_t i = r.k(); i < steps * D::kDepth; ++i) h[i] = 0.0f;

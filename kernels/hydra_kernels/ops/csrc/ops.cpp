@@ -7,6 +7,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "schedule.h"
@@ -154,6 +155,8 @@ struct Call {
   int64_t x_stride = 0;
   void* y = nullptr;
   int64_t y_stride = 0, y_itemsize = 0;
+  float* carry = nullptr;
+  int64_t carry_stride = 0;
 
   void shrink(int64_t total, int thread, int threads) const {
     for_share<Shrink>(step, table, total, thread, threads,
@@ -167,7 +170,7 @@ struct Call {
         [&](const Record& r, int64_t slice, Tokens tokens, int64_t begin, int64_t end) {
           kernels.expand({&r, tokens, z.data + slice * z.slice_stride, z.token_stride,
                           static_cast<char*>(y) + r.start * y_itemsize, y_stride, begin, end,
-                          scratch(scratch_floats(r)), begin == 0 ? probe_of(r) : nullptr, table.slot_of(r)});
+                          scratch(scratch_floats(r)), begin == 0 ? probe_of(r) : nullptr, table.slot_of(r), carry, carry_stride});
         });
   }
 
@@ -220,13 +223,31 @@ void set_y(Call& call, const at::Tensor& y) {
   call.y_itemsize = y.element_size();
 }
 
+// Logits between layers: there must be a place for every token of a slice that gives or takes some.
+void set_carry(Call& call, const std::optional<at::Tensor>& carry) {
+  if (carry) {
+    TORCH_CHECK(carry->scalar_type() == at::kFloat && carry->dim() == 2 && carry->is_contiguous(), "carry: got ",
+                carry->scalar_type(), " ", carry->sizes(), ", expected contiguous float32 [tokens, heads]");
+    call.carry = carry->mutable_data_ptr<float>();
+    call.carry_stride = carry->size(1);
+  }
+  const int64_t rows = carry ? carry->size(0) : 0;
+  for_each_group(call.step, call.table, [&](const Record& r, int64_t, Tokens tokens) {
+    if (!r.carry) return;
+    TORCH_CHECK(r.heads <= call.carry_stride, "carry: got ", call.carry_stride, " heads, expected at least ", r.heads);
+    for (int64_t t = 0; t < tokens.count; ++t)
+      TORCH_CHECK(tokens.ids[t] < rows, "carry: got ", rows, " rows, expected one for token ", tokens.ids[t]);
+  });
+}
+
 int64_t most_rows(const Call& call) {
   int64_t rows = 0;
   for_each_group(call.step, call.table, [&](const Record& r, int64_t, Tokens) { rows = std::max(rows, r.z_rows()); });
   return rows;
 }
 
-void cpu_linear_(at::Tensor y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& meta) {
+void cpu_linear_(at::Tensor y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& meta,
+                 const std::optional<at::Tensor>& carry) {
   const Dtype dtype = dtype_of(x);
   Call call = prepare(table, meta, dtype);
   if (call.step.num_segments() == 0) return;
@@ -237,6 +258,7 @@ void cpu_linear_(at::Tensor y, const at::Tensor& x, const at::Tensor& table, con
   check_step(call.step, call.table, x.size(0), x.size(1), y.size(1), dtype);
   set_x(call, x);
   set_y(call, y);
+  set_carry(call, carry);
   thread_local std::unique_ptr<float[]> memory;
   thread_local int64_t size = 0;
   const int64_t rows = most_rows(call), needed = call.table.slices * x.size(0) * rows;
@@ -268,7 +290,8 @@ at::Tensor cpu_shrink(const at::Tensor& x, const at::Tensor& table, const at::Te
   return z;
 }
 
-void cpu_expand_(at::Tensor y, const at::Tensor& z, const at::Tensor& table, const at::Tensor& meta) {
+void cpu_expand_(at::Tensor y, const at::Tensor& z, const at::Tensor& table, const at::Tensor& meta,
+                 const std::optional<at::Tensor>& carry) {
   const Dtype dtype = dtype_of(y);
   Call call = prepare(table, meta, dtype);
   if (call.step.num_segments() == 0) return;
@@ -280,6 +303,7 @@ void cpu_expand_(at::Tensor y, const at::Tensor& z, const at::Tensor& table, con
       "z: got ", z.scalar_type(), " ", z.sizes(), ", expected float32 [", call.table.slices, ", ", y.size(0), ", ",
       most_rows(call), " or more]");
   set_y(call, y);
+  set_carry(call, carry);
   call.z = {const_cast<float*>(z.const_data_ptr<float>()), z.stride(0), z.stride(1)};
   const int64_t total = total_cost<Expand>(call.step, call.table);
   on_threads(threads_for(total), [&](int thread, int threads) { call.expand(total, thread, threads); });
@@ -289,9 +313,9 @@ void cpu_expand_(at::Tensor y, const at::Tensor& z, const at::Tensor& table, con
 }  // namespace hydra
 
 TORCH_LIBRARY_FRAGMENT(hydra_kernels, m) {
-  m.def("cpu_linear_(Tensor(a!) y, Tensor x, Tensor table, Tensor meta) -> ()");
+  m.def("cpu_linear_(Tensor(a!) y, Tensor x, Tensor table, Tensor meta, Tensor? carry=None) -> ()");
   m.def("cpu_shrink(Tensor x, Tensor table, Tensor meta, int rows) -> Tensor");
-  m.def("cpu_expand_(Tensor(a!) y, Tensor z, Tensor table, Tensor meta) -> ()");
+  m.def("cpu_expand_(Tensor(a!) y, Tensor z, Tensor table, Tensor meta, Tensor? carry=None) -> ()");
   m.def("cpu_isa(str name) -> str", &hydra::cpu_isa);
 }
 

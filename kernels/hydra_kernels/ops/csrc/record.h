@@ -11,6 +11,9 @@ namespace hydra {
 
 enum class Dtype : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// Whether the logits of a slice's router go to later layers of the step, or come from an earlier one. See weights.py.
+enum class Carry : int64_t { kNone = 0, kGives = 1, kTakes = 2 };
+
 // One row of the table, int64 throughout: what one slot holds for one slice. The same order as `TableField` in cpu.py.
 // rank 0: the slot does not touch the slice, and nothing else of the row is read.
 struct Record {
@@ -30,12 +33,15 @@ struct Record {
   int64_t dtype;
   int64_t probe;   // address of a Probe (probe.h); 0: nothing is ever recorded
   int64_t router;  // number of this slice's router there
+  int64_t carry;   // a Carry
 
+  HYDRA_INLINE bool gives() const { return carry == static_cast<int64_t>(Carry::kGives); }
+  HYDRA_INLINE bool takes() const { return carry == static_cast<int64_t>(Carry::kTakes); }
   HYDRA_INLINE int64_t a_rows() const { return shared_a ? rank : rank * heads; }
   HYDRA_INLINE int64_t z_rows() const { return a_rows() + (has_router ? heads : 0); }
   HYDRA_INLINE int64_t k() const { return rank * heads; }
 };
-static_assert(sizeof(Record) == 16 * sizeof(int64_t));
+static_assert(sizeof(Record) == 17 * sizeof(int64_t));
 
 // Units of the packed layouts, the same for every instruction set.
 constexpr int64_t kRowGroup = 4;     // rows of [A; R] that are stored interleaved
