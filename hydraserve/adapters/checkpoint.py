@@ -14,20 +14,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from hydraserve.adapters.config import AdapterConfig, read_config
-from hydraserve.adapters.formats import hydralora, lora, peft
+from hydraserve.adapters.formats import (
+    hydralora,
+    lease,
+    lora,
+    loramoe,
+    mllm,
+    moe_peft,
+    molora,
+    peft,
+    peft_fork,
+    transposed,
+)
 from hydraserve.adapters.formats.plan import ModulePlan
-from hydraserve.adapters.formats.relatives import refuse_companions, refuse_relatives
+from hydraserve.adapters.formats.relatives import refuse_companions, refuse_unrecognised
 from hydraserve.adapters.limits import DEFAULT_LIMITS, AdapterLimits
-from hydraserve.adapters.locate import locate
+from hydraserve.adapters.locate import OTHER_WEIGHTS_NAME, AdapterFiles, locate
 from hydraserve.adapters.save import save_adapter, save_hydralora, save_lora
-from hydraserve.adapters.tensors import TensorFile, TensorInfo, open_tensors
+from hydraserve.adapters.tensors import JoinedFiles, TensorFile, TensorInfo, open_tensors
 from hydraserve.adapters.validate import check_base, check_finite, check_gathered
-from hydraserve.adapters.weights import AdapterSummary, HydraAdapter
+from hydraserve.adapters.weights import AdapterSummary, HydraAdapter, HydraWeights
 from hydraserve.errors import AdapterError, AdapterFormatError
 
 __all__ = [
@@ -55,7 +69,7 @@ class Format(Protocol):
     def plan(self, config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, ModulePlan]: ...
 
 
-FORMATS: tuple[Format, ...] = (hydralora, peft, lora)
+FORMATS: tuple[Format, ...] = (hydralora, peft, lora, loramoe, lease, moe_peft, peft_fork, transposed, molora, mllm)
 
 
 def load_adapter(path: Path | str, *, limits: AdapterLimits = DEFAULT_LIMITS) -> HydraAdapter:
@@ -69,10 +83,7 @@ def load_adapter(path: Path | str, *, limits: AdapterLimits = DEFAULT_LIMITS) ->
     path = Path(path)
     with _naming(path):
         summary, plans, file = _open(path, limits)
-        tensors = file.load()
-        for name, tensor in tensors.items():
-            check_finite(name, tensor)
-        modules = {module: plan.build(tensors) for module, plan in plans.items()}
+        modules = _build(plans, file.load())
         return HydraAdapter.of(modules, format=summary.format, base_model=summary.base_model, source=summary.source)
 
 
@@ -86,13 +97,11 @@ def inspect_adapter(path: Path | str, *, limits: AdapterLimits = DEFAULT_LIMITS)
         return _open(path, limits)[0]
 
 
-def _open(path: Path, limits: AdapterLimits) -> tuple[AdapterSummary, dict[str, ModulePlan], TensorFile]:
+def _open(path: Path, limits: AdapterLimits) -> tuple[AdapterSummary, dict[str, ModulePlan], TensorFile | JoinedFiles]:
     files = locate(path)
     if files.note:
         logger.info("adapter %s: %s", path, files.note)
-    config = read_config(files.config, limits)
-    file = open_tensors(files.weights, limits)
-    refuse_companions(files.folder)
+    config, file = _read(files, limits)
     check_gathered(file.infos)
     format, reason = _recognise(config, file.infos)
     plans = format.plan(config, file.infos)
@@ -109,20 +118,47 @@ def _open(path: Path, limits: AdapterLimits) -> tuple[AdapterSummary, dict[str, 
     return summary, plans, file
 
 
+def _read(files: AdapterFiles, limits: AdapterLimits) -> tuple[AdapterConfig, TensorFile | JoinedFiles]:
+    """The configuration and the tensors, those in a second file included."""
+    config, file = read_config(files.config, limits), open_tensors(files.weights, limits)
+    companion = files.folder / OTHER_WEIGHTS_NAME
+    if companion.exists() and mllm.is_mixture((second := open_tensors(companion, limits)).infos):
+        return mllm.with_arguments(config, files.folder), JoinedFiles(file, second)
+    refuse_companions(files.folder)
+    return config, file
+
+
+def _build(plans: Mapping[str, ModulePlan], tensors: dict[str, torch.Tensor]) -> dict[str, HydraWeights]:
+    """The modules' weights; each tensor is let go when no later module needs it."""
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    uses = Counter(name for plan in plans.values() for name in set(plan.names()))
+    modules = {}
+    for module, plan in plans.items():
+        names = set(plan.names())
+        # A tensor that a later module shares is copied: each module owns its memory.
+        modules[module] = plan.build({n: tensors[n].clone() if uses[n] > 1 else tensors[n] for n in names})
+        for name in names:
+            uses[name] -= 1
+            if not uses[name]:
+                del tensors[name]
+    return modules
+
+
 def _recognise(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> tuple[Format, str]:
     """The one format that recognises the folder, and why it does."""
     reasons = [(format, reason) for format in FORMATS if (reason := format.recognise(config, infos))]
     if len(reasons) == 1:
         return reasons[0]
-    refuse_relatives(config, infos)
-    sample = ", ".join(list(infos)[:3]) or "no tensors"
     if reasons:
         got = "; or ".join(f"{format.NAME} ({reason})" for format, reason in reasons)
         raise AdapterFormatError("format", got=got, expected="one format", fix="remove what does not belong to it")
+    refuse_unrecognised(config, infos)
+    sample = ", ".join(list(infos)[:3]) or "no tensors"
     raise AdapterFormatError(
         "format",
         got=f"peft_type {config.peft_type!r} with {sample}",
-        expected="HydraLoRA in the authors' layout, or LoRA as PEFT saves it (peft_type 'LORA')",
+        expected="a format that docs/formats.md lists, such as LoRA as PEFT saves it (peft_type 'LORA')",
         fix="check that this is the adapter you mean",
     )
 

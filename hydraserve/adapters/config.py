@@ -41,7 +41,27 @@ class AdapterConfig:
     @property
     def rank_stabilized(self) -> bool:
         """use_rslora (arXiv:2312.03732): the scaling is alpha / sqrt(r) instead of alpha / r."""
-        return self.fields.get("use_rslora") is not None and self._typed("use_rslora", bool, "true or false")
+        return self.flag("use_rslora")
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """An optional field that is true or false. Raises AdapterConfigError."""
+        if self.fields.get(name) is None:
+            return default
+        value: bool = self._typed(name, bool, "true or false")
+        return value
+
+    def number(self, name: str) -> float:
+        """A required field that is a finite number. Raises AdapterConfigError."""
+        return _finite(name, self._typed(name, (int, float), "a number"))
+
+    def whole(self, name: str, default: int = 0) -> int:
+        """An optional field that is a whole number of at least 0. Raises AdapterConfigError."""
+        if self.fields.get(name) is None:
+            return default
+        value: int = self._typed(name, int, "a whole number of at least 0")
+        if value < 0:
+            raise _wrong(name, value, "at least 0")
+        return value
 
     def scaling(self, rank: int, alpha: float) -> float:
         """s of a module."""
@@ -63,7 +83,7 @@ class AdapterConfig:
 
     def alphas(self, matcher: PatternMatcher) -> PerModule[float]:
         """lora_alpha for each module: the required field and the optional alpha_pattern."""
-        default = _finite("lora_alpha", self._typed("lora_alpha", (int, float), "a number"))
+        default = self.number("lora_alpha")
         pattern = self._pattern("alpha_pattern", matcher)
         for key, value in pattern.items():
             if type(value) not in (int, float):

@@ -18,6 +18,9 @@ WEIGHTS_NAMES = (SAFETENSORS_NAME, BIN_NAME)
 TRAINER_NAMES = ("model.safetensors", "pytorch_model.bin")
 # The sub-folder into which the authors' training saves the adapter.
 SAVED_NAME = "sft_lora_model"
+# Further files of an adapter that LLaVA's training splits up: weights, and the numbers of MLLM-HydraLoRA's training.
+OTHER_WEIGHTS_NAME = "non_lora_trainables.bin"
+ARGUMENTS_NAMES = ("moe_args.json", "moe_args.pth")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 
 
@@ -35,6 +38,12 @@ class AdapterFiles:
     config: Path
     weights: Path
     note: str = ""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        others = [self.folder / name for name in (OTHER_WEIGHTS_NAME, *ARGUMENTS_NAMES)]
+        return self.config, self.weights, *(path for path in others if path.exists())
 
 
 def locate(path: Path) -> AdapterFiles:

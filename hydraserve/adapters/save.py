@@ -1,25 +1,13 @@
-"""Writing adapters: the authors' layout of HydraLoRA, and ordinary LoRA as PEFT has it."""
+"""Writing adapters: the authors' layout of HydraLoRA, its ancestor LoRAMoE's, and ordinary LoRA as PEFT has it."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import safetensors.torch
-import torch
+from typing import Any
 
 from hydraserve.adapters.formats.plan import PREFIX
-from hydraserve.adapters.locate import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from hydraserve.adapters.formats.writing import alpha_of, default_and_pattern, no_place, write_folder
 from hydraserve.adapters.weights import HydraAdapter, HydraWeights
-from hydraserve.errors import UnsupportedFeatureError
-
-_Value = TypeVar("_Value", int, float)
 
 
 def save_adapter(adapter: HydraAdapter, path: Path | str) -> None:
@@ -49,16 +37,29 @@ def save_hydralora(
     Raises UnsupportedFeatureError for weights that this layout has no place for: no router, one A per head, top-k, a
     router bias. Nothing is written then.
     """
+    _save_mixture(adapter, Path(path), safetensors, lora_dropout, shared_a=True)
+
+
+def save_loramoe(
+    adapter: HydraAdapter, path: Path | str, *, safetensors: bool = False, lora_dropout: float = 0.0
+) -> None:
+    """Write LoRAMoE's layout, with one A for each head; the rest is as in `save_hydralora`."""
+    _save_mixture(adapter, Path(path), safetensors, lora_dropout, shared_a=False)
+
+
+def _save_mixture(adapter: HydraAdapter, path: Path, safetensors: bool, lora_dropout: float, *, shared_a: bool) -> None:
     for module, weights in adapter.modules.items():
-        _check_hydralora(module, weights)
+        _check_mixture(module, weights, shared_a)
     tensors = {}
     for module, weights in adapter.modules.items():
         assert weights.router is not None
-        tensors[f"{PREFIX}{module}.lora_route.weight"] = weights.router
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = weights.a
+        layout, name = weights.layout, f"{PREFIX}{module}.lora_"
+        tensors[f"{name}route.weight"] = weights.router
+        for i, a in enumerate(weights.a.view(-1, layout.rank, weights.in_features)):
+            tensors[f"{name}A{'' if shared_a else i}.weight"] = a
         for i, head in enumerate(weights.b):
-            tensors[f"{PREFIX}{module}.lora_B{i}.weight"] = head
-    heads, heads_pattern = _default_and_pattern(adapter, lambda weights: weights.layout.heads)
+            tensors[f"{name}B{i}.weight"] = head
+    heads, heads_pattern = default_and_pattern(adapter, lambda weights: weights.layout.heads)
     config = {
         "enable_lora": None,
         "lora_dropout": lora_dropout,
@@ -68,7 +69,7 @@ def save_hydralora(
     }
     if heads_pattern:
         config["lora_nums_pattern"] = heads_pattern
-    _write(Path(path), config, tensors, safetensors)
+    write_folder(path, config, tensors, as_safetensors=safetensors)
 
 
 def save_lora(adapter: HydraAdapter, path: Path | str, *, safetensors: bool = True, lora_dropout: float = 0.0) -> None:
@@ -78,7 +79,7 @@ def save_lora(adapter: HydraAdapter, path: Path | str, *, safetensors: bool = Tr
     """
     for module, weights in adapter.modules.items():
         if weights.layout.heads != 1 or weights.layout.has_router:
-            raise _no_place(module, f"{weights.layout.heads} heads with a router", "one head without a router", "LoRA")
+            raise no_place(module, f"{weights.layout.heads} heads with a router", "one head without a router", "LoRA")
     tensors = {}
     for module, weights in adapter.modules.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = weights.a
@@ -90,35 +91,29 @@ def save_lora(adapter: HydraAdapter, path: Path | str, *, safetensors: bool = Tr
         "use_rslora": False,
         **_common_fields(adapter),
     }
-    _write(Path(path), config, tensors, safetensors)
+    write_folder(Path(path), config, tensors, as_safetensors=safetensors)
 
 
-def _check_hydralora(module: str, weights: HydraWeights) -> None:
+def _check_mixture(module: str, weights: HydraWeights, shared_a: bool) -> None:
     layout = weights.layout
     faults = {
         "no router": not layout.has_router,
-        "one A for each head": not layout.shared_a,
+        "one A for each head": shared_a and not layout.shared_a,
+        "one A for all heads": not shared_a and layout.shared_a,
         f"top-{layout.top_k} routing": layout.top_k != 0,
         "a router bias": layout.has_bias,
+        "a router that several modules share": bool(layout.carry),
     }
+    expected = f"one A{'' if shared_a else ' for each head'}, a router without bias, a softmax over all heads"
     for got, present in faults.items():
         if present:
-            raise _no_place(module, got, "one A, a router without bias, a softmax over all heads", "HydraLoRA")
-
-
-def _no_place(module: str, got: str, expected: str, layout: str) -> UnsupportedFeatureError:
-    return UnsupportedFeatureError(
-        f"module {module}",
-        got=got,
-        expected=expected,
-        fix=f"the {layout} layout cannot hold this; write another format",
-    )
+            raise no_place(module, got, expected, "HydraLoRA" if shared_a else "LoRAMoE")
 
 
 def _common_fields(adapter: HydraAdapter) -> dict[str, Any]:
     """What both layouts have: the sizes, and the fields that never vary."""
-    rank, rank_pattern = _default_and_pattern(adapter, lambda weights: weights.layout.rank)
-    alpha, alpha_pattern = _default_and_pattern(adapter, _alpha)
+    rank, rank_pattern = default_and_pattern(adapter, lambda weights: weights.layout.rank)
+    alpha, alpha_pattern = default_and_pattern(adapter, alpha_of)
     fields: dict[str, Any] = {
         "base_model_name_or_path": adapter.base_model,
         "bias": "none",
@@ -133,41 +128,3 @@ def _common_fields(adapter: HydraAdapter) -> dict[str, Any]:
     }
     patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     return fields | {name: pattern for name, pattern in patterns.items() if pattern}
-
-
-def _default_and_pattern(
-    adapter: HydraAdapter, value_of: Callable[[HydraWeights], _Value]
-) -> tuple[_Value, dict[str, _Value]]:
-    """The most frequent value, and {pattern that matches one module: value} for the modules that differ."""
-    values = {path: value_of(weights) for path, weights in adapter.modules.items()}
-    default = Counter(values.values()).most_common(1)[0][0]
-    return default, {f"^{re.escape(path)}": value for path, value in values.items() if value != default}
-
-
-def _alpha(weights: HydraWeights) -> float:
-    """A float that gives the scaling when divided by r; the roundest of those near s * r."""
-    rank = weights.layout.rank
-    alpha = weights.scaling * rank
-    near = (float(f"{alpha:.9g}"), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in near if value / rank == weights.scaling), alpha)
-
-
-def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], as_safetensors: bool) -> None:
-    """Both files. The configuration comes last: a folder without it is no adapter, so none is ever half-written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).unlink(missing_ok=True)
-    # Each tensor with memory of its own: torch.save would write the whole stack of heads for every view of it.
-    own = {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    name, other = (SAFETENSORS_NAME, BIN_NAME) if as_safetensors else (BIN_NAME, SAFETENSORS_NAME)
-    part = folder / f".{name}.part"
-    if as_safetensors:
-        safetensors.torch.save_file(own, part, metadata={"format": "pt"})
-    else:
-        torch.save(own, part)
-    os.replace(part, folder / name)
-    (folder / other).unlink(missing_ok=True)
-    part = folder / f".{CONFIG_NAME}.part"
-    part.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    os.replace(part, folder / CONFIG_NAME)

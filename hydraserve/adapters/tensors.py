@@ -26,6 +26,7 @@ from hydraserve.errors import (
     AdapterError,
     AdapterFormatError,
     DtypeError,
+    DuplicateModuleError,
     MissingTensorError,
     UnreadableFileError,
     UnsafeFileError,
@@ -85,6 +86,22 @@ class TensorFile(ABC):
 
     def _fault(self, got: object, expected: object, fix: str = _DAMAGED) -> UnreadableFileError:
         return UnreadableFileError(self.path.name, got=got, expected=expected, fix=fix)
+
+
+class JoinedFiles:
+    """Two files of tensors as one. Raises DuplicateModuleError for a name that both have."""
+
+    def __init__(self, first: TensorFile, second: TensorFile) -> None:
+        self._files = first, second
+        if both := sorted(set(first.infos) & set(second.infos)):
+            raise DuplicateModuleError(
+                both[0], got=f"in {first.path.name} and in {second.path.name}", expected="in one", fix="remove one"
+            )
+        self.infos: Mapping[str, TensorInfo] = {**first.infos, **second.infos}
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """As `TensorFile.load`."""
+        return {name: tensor for file in self._files for name, tensor in file.load().items()}
 
 
 def open_tensors(path: Path, limits: AdapterLimits) -> TensorFile:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-HELP = "convert an adapter between the authors' layout and PEFT's, without loss"
+if TYPE_CHECKING:
+    from hydraserve.adapters.weights import HydraAdapter
 
-TARGETS = ("hydralora", "peft")
+HELP = "convert an adapter to another file format, without loss"
+
+TARGETS = {
+    "hydralora": "the layout of the authors' code",
+    "peft": "what hydraserve.tuner loads (of plain LoRA: PEFT's LoRA)",
+    "lora": "PEFT's LoRA",
+    "loramoe": "LoRAMoE: one A for each head",
+    "molora": "MoLoRA: any gate that can be served",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=TARGETS,
-        help="hydralora: the layout of the authors' code; peft: what hydraserve.tuner loads (plain LoRA: PEFT's LoRA)",
+        choices=sorted(TARGETS),
+        help="; ".join(f"{name}: {what}" for name, what in TARGETS.items()),
     )
-    parser.add_argument("--safetensors", action="store_true", help="with --to hydralora: safetensors, not .bin")
+    parser.add_argument(
+        "--safetensors", action="store_true", help="with --to hydralora and loramoe: safetensors, not .bin"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is already there")
 
 
@@ -29,20 +41,14 @@ def run(args: argparse.Namespace) -> int:
     Raises ConfigError when there is an adapter at the target already, AdapterError's subclasses for adapters that
     cannot be read or that the other layout cannot hold.
     """
-    from hydraserve.adapters.checkpoint import load_adapter, save_hydralora, save_lora
-    from hydraserve.adapters.formats.peft import save_peft
+    from hydraserve.adapters.checkpoint import load_adapter
     from hydraserve.adapters.locate import CONFIG_NAME
     from hydraserve.errors import AdapterError, ConfigError
 
     if (args.target / CONFIG_NAME).exists() and not args.overwrite:
         raise ConfigError("target", got=f"{args.target}, which holds an adapter", expected="none", fix="--overwrite")
     adapter = load_adapter(args.source)
-    if args.to == "hydralora":
-        save_hydralora(adapter, args.target, safetensors=args.safetensors)
-    elif adapter.format == "lora":
-        save_lora(adapter, args.target)
-    else:
-        save_peft(adapter, args.target)
+    _save(adapter, args)
     written = load_adapter(args.target)
     if written.digest != adapter.digest:
         raise AdapterError(
@@ -54,3 +60,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.source} ({adapter.format}) -> {args.target} ({written.format})")
     print(f"{len(adapter.modules)} modules, {adapter.nbytes / 1e6:.2f} MB, digest {adapter.digest[:12]}: equal")
     return 0
+
+
+def _save(adapter: HydraAdapter, args: argparse.Namespace) -> None:
+    from hydraserve.adapters.formats.molora import save_molora
+    from hydraserve.adapters.formats.peft import save_peft
+    from hydraserve.adapters.save import save_hydralora, save_lora, save_loramoe
+
+    if args.to in ("hydralora", "loramoe"):
+        save = save_hydralora if args.to == "hydralora" else save_loramoe
+        save(adapter, args.target, safetensors=args.safetensors)
+    elif args.to == "molora":
+        save_molora(adapter, args.target)
+    elif args.to == "lora" or adapter.format == "lora":
+        save_lora(adapter, args.target)
+    else:
+        save_peft(adapter, args.target)

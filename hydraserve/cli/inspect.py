@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hydraserve.adapters.checkpoint import AdapterSummary
     from hydraserve.training.inspection import AdapterReport, ModuleReport
 
 HELP = "show an adapter's modules, sizes, and how much its heads differ"
@@ -26,22 +27,26 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from hydraserve.adapters.checkpoint import load_adapter
+    from hydraserve.adapters.checkpoint import inspect_adapter, load_adapter
     from hydraserve.training.inspection import inspect_weights
 
+    summary = inspect_adapter(args.adapter)
     report = inspect_weights(load_adapter(args.adapter))
     if args.json:
-        print(json.dumps(asdict(report), indent=2))
+        print(json.dumps({**asdict(report), "reason": summary.reason, "note": summary.note}, indent=2))
     else:
-        _print(report, Console())
+        _print(report, summary, Console())
     return 0
 
 
-def _print(report: AdapterReport, console: Console) -> None:
+def _print(report: AdapterReport, summary: AdapterSummary, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
     console.print(f"{report.source}: {report.format}, base model {report.base_model or 'not stated'}")
+    console.print(f"recognised by {summary.reason}", markup=False, highlight=False, soft_wrap=True)
+    if summary.note:
+        console.print(summary.note, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{len(report.modules)} modules, {report.parameters:,} parameters, {report.nbytes / 1e6:.2f} MB, "
         f"digest {report.digest[:12]}",

@@ -1,4 +1,4 @@
-"""Methods with similar names and other mathematics are refused by name, never read as HydraLoRA."""
+"""Methods whose mathematics the gate cannot carry are refused by name, never read as something else."""
 
 from __future__ import annotations
 
@@ -24,17 +24,12 @@ def tensors(**shapes: tuple[int, ...]) -> Tensors:
 ROUTE = {"lora_route__weight": (2, 12)}
 HEADS = {"lora_B0__weight": (20, 4), "lora_B1__weight": (20, 4)}
 FAMILY: dict[str, tuple[dict[str, Any], Tensors, str]] = {
-    "LoRAMoE": (
-        {**CONFIG, "blc_alpha": 0.1},
-        tensors(**ROUTE, **HEADS, lora_A0__weight=(4, 12), lora_A1__weight=(4, 12)),
-        "LoRAMoE",
-    ),
-    "PEFT fork, by its heads": (
-        CONFIG,
+    "PEFT fork, by its type": ({**CONFIG, "peft_type": "HYDRALORA"}, lora_tensors(), "HydraLoRA by a PEFT fork"),
+    "PEFT fork, languages": (
+        {**CONFIG, "peft_type": "HYDRALORA", "lora_num": 2, "language_router_mode": "hard"},
         tensors(**ROUTE, lora_A__weight=(4, 12), lora_B__0__weight=(20, 4), lora_B__1__weight=(20, 4)),
-        "HYDRALORA fork",
+        "language_router_mode",
     ),
-    "PEFT fork, by its type": ({**CONFIG, "peft_type": "HYDRALORA"}, hydra_tensors(), "HYDRALORA"),
     "PEFT fork, hierarchical": (
         CONFIG,
         tensors(lora_A__expert_0__weight=(4, 12), lora_route__expert_0__weight=(2, 12), router__weight=(2, 12)),
@@ -43,27 +38,20 @@ FAMILY: dict[str, tuple[dict[str, Any], Tensors, str]] = {
     "no router, numbered heads": (
         LORA_CONFIG,
         tensors(lora_A__weight=(4, 12), lora_B__0__weight=(20, 4), lora_B__1__weight=(20, 4)),
-        "lora_B.0",
+        "without a router",
     ),
-    "stacked and transposed": (
-        CONFIG,
-        tensors(lora_A=(12, 4), lora_B=(2, 4, 20), lora_router__weight=(2, 12)),
-        "transposed, stacked",
-    ),
-    "router bias": (CONFIG, hydra_tensors() | tensors(lora_route__bias=(3,)), "router bias"),
-    "MLLM-HydraLoRA": (
-        LORA_CONFIG,
-        lora_tensors()
-        | {f"{MLP}.shared_LoRA_A_gate": torch.ones(4, 12), f"{MLP}.moe_gate.0.LoRA_B": torch.ones(20, 4)},
-        "MLLM-HydraLoRA",
-    ),
-    "MoE-PEFT": (
-        {**CONFIG, "peft_type": "MOLA", "top_k": 2},
+    "MixLoRA": (
+        {**CONFIG, "peft_type": "MIXLORA", "top_k": 2},
         {
-            "mola.layers.0.mlp.up_proj.moe_gate.weight": torch.ones(2, 12),
-            "mola.layers.0.mlp.up_proj.experts.0.lora_A.weight": torch.ones(4, 12),
+            "mixlora.layers.0.mlp.moe_gate.weight": torch.ones(2, 12),
+            "mixlora.layers.0.mlp.up_proj.experts.0.lora_A.weight": torch.ones(4, 12),
         },
-        "MoE-PEFT",
+        "MixLoRA",
+    ),
+    "LORAMOE of another project": (
+        {**CONFIG, "peft_type": "LORAMOE", "lora_nums": None},
+        lora_tensors(),
+        "LoRAMoE, with",
     ),
     "hydra.router": (LORA_CONFIG, tensors(hydra__lora_A__0__weight=(4, 12), hydra__router__bias=(2,)), "hydra.router"),
     "mtLoRA's routing": (
@@ -76,7 +64,12 @@ FAMILY: dict[str, tuple[dict[str, Any], Tensors, str]] = {
         hydra_tensors() | {f"{PREFIX}model.layers.0.mlp.block_adapter.lora_A.weight": torch.ones(4, 12)},
         "block adapters",
     ),
-    "HydraFed-LEASE": ({**CONFIG, "adaptive": True}, hydra_tensors(), "HydraFed-LEASE"),
+    "HydraFed-LEASE's universal head": (
+        {**CONFIG, "lora_nums": 2, "universal_idx": 0},
+        tensors(**ROUTE, **HEADS, lora_A0__weight=(4, 12), lora_A1__weight=(4, 12)),
+        "universal_idx",
+    ),
+    "HydraFed-LEASE, without its A tensors": ({**CONFIG, "adaptive": True}, hydra_tensors(), "HydraFed-LEASE"),
     "top-k": ({**CONFIG, "top_k": 1}, hydra_tensors(), "top_k: got 1: top-k routing"),
     "noisy": (CONFIG, tensors(**ROUTE, lora_A__weight=(4, 12), lora_Bs__0__weight=(20, 4)), "noisy top-k"),
     "HMoRA": ({**CONFIG, "peft_type": "HydraLoRA"}, tensors(mora_a_q=(4, 12), mora_b_q=(20, 8)), "HMoRA"),
@@ -110,6 +103,7 @@ def test_routers_with_other_rows_than_heads(tmp_path: Path, rows: int) -> None:
 @pytest.mark.parametrize("name", ["non_lora_trainables.bin", "moe_args.pth"])
 def test_trained_weights_beside_the_adapters_file(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path, LORA_CONFIG, lora_tensors())
-    (folder / name).write_bytes(b"never read")
+    projector = {f"{PREFIX}model.mm_projector.0.weight": torch.ones(4, 4)}
+    torch.save(projector if name.endswith(".bin") else object, folder / name)
     with pytest.raises(UnsupportedFeatureError, match=name):
         load_adapter(folder)

@@ -81,14 +81,14 @@ def test_lora_comes_back(adapter: HydraAdapter, safetensors: bool) -> None:
 @settings(max_examples=100, deadline=None)
 @given(rank=st.integers(1, 1024), alpha=st.floats(1e-6, 1e6) | st.integers(1, 4096).map(float))
 def test_every_scaling_that_training_makes_is_kept(rank: int, alpha: float) -> None:
-    from hydraserve.adapters.save import _alpha
+    from hydraserve.adapters.formats.writing import alpha_of
 
     for scaling in (alpha / rank, alpha / math.sqrt(rank)):
         layout = Layout(rank)
         made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), layout, scaling=scaling)
-        assert abs(_alpha(made) / rank - scaling) <= math.ulp(scaling)
+        assert abs(alpha_of(made) / rank - scaling) <= math.ulp(scaling)
     made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), Layout(rank), scaling=alpha / rank)
-    assert _alpha(made) / rank == alpha / rank
+    assert alpha_of(made) / rank == alpha / rank
 
 
 def hydra(rank: int = 2, heads: int = 3, seed: int = 0) -> HydraWeights:

@@ -28,6 +28,7 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "hydralora" in output
     assert "someone/base" in output
+    assert "recognised by lora_nums in the config and tensors lora_route and lora_B0, lora_B1, ..." in output
     assert "module in model.layers" in output
     assert any(line.split()[:4] == ["2.mlp.up_proj", "2", "3", "224"] for line in output.splitlines())
     assert "warning" not in output
@@ -40,6 +41,14 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (report["modules"][0]["rank"], report["modules"][0]["heads"]) == (2, 3)
     assert report["parameters"] == 3 * 224
     assert len(report["digest"]) == 64
+    assert report["reason"].startswith("lora_nums in the config")
+    assert report["note"] == ""
+
+
+def test_a_runs_folder_says_which_one_was_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.rename(folder.parent / "checkpoint-20")
+    assert main(["inspect", str(folder.parent)]) == 0
+    assert "took checkpoint-20" in capsys.readouterr().out
 
 
 def test_warnings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

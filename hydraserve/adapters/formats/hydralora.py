@@ -14,7 +14,9 @@ s = lora_alpha / r with the layer's own r. What ties the configuration to the te
 - with them (PEFT's rule of matching; `save_hydralora` writes both for such adapters): every layer must be as they
   say, layers that no pattern names as `r` and `lora_nums` say. `alpha_pattern` likewise gives a layer's lora_alpha.
 
-`use_rslora`, which the authors' code does not have, means what it means in PEFT.
+`use_rslora`, which the authors' code does not have, means what it means in PEFT. Neither has it a bias of the router;
+where a fork saved one ({module}.lora_route.bias [E]), it is added to the logits. mtLoRA without its fine-grained
+routing and block adapters is this method, too.
 """
 
 from __future__ import annotations
@@ -32,19 +34,29 @@ from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.errors import AdapterConfigError, MissingTensorError, ShapeError, UnexpectedTensorError
 
 NAME = "hydralora"
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>route|A|B(?:0|[1-9]\d{0,8}))\.weight")
-_OURS = re.compile(r".+\.lora_(?:route|B\d+)\.weight")
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>route\.bias$|(?:route|A|B(?:0|[1-9]\d{0,8}))(?=\.weight$))(?:\.weight)?"
+)
+_ROUTE = re.compile(r".+\.lora_route\.weight")
+_HEAD = re.compile(r".+\.lora_B\d+\.weight")
+_OWN_A = re.compile(r".+\.lora_A\d+\.weight")
 _EXPORT_AGAIN = "export or copy the adapter again"
 
 
 def recognise(config: AdapterConfig, names: Collection[str]) -> str | None:
-    """Why this is HydraLoRA in the authors' layout, or None."""
-    if config.fields.get("peft_type") != "LORA":
+    """Why this is HydraLoRA in the authors' layout, or None. A fork (mtLoRA) also writes peft_type "HYDRALORA"."""
+    if config.fields.get("peft_type") not in ("LORA", "HYDRALORA") or _any(_OWN_A, names):
+        return None
+    if config.peft_type == "HYDRALORA" and not (_any(_ROUTE, names) and _any(_HEAD, names)):
         return None
     reasons = ["lora_nums in the config"] if config.fields.get("lora_nums") is not None else []
-    if any(_OURS.fullmatch(name) for name in names):
+    if _any(_ROUTE, names) or _any(_HEAD, names):
         reasons.append("tensors lora_route and lora_B0, lora_B1, ...")
     return " and ".join(reasons) or None
+
+
+def _any(pattern: re.Pattern[str], names: Collection[str]) -> bool:
+    return any(pattern.fullmatch(name) for name in names)
 
 
 def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, ModulePlan]:
@@ -69,9 +81,10 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
             in_features=in_features,
             out_features=out_features,
             dtype=widest(infos, parts.values()),
-            a=parts["A"],
+            a=(parts["A"],),
             heads=tuple(parts[f"B{i}"] for i in range(layout.heads)),
             router=parts["route"],
+            bias=parts.get("route.bias"),
         )
     declared = bool(rank.pattern or heads.pattern)
     _check_declared(rank, {path: plan.layout.rank for path, plan in plans.items()}, declared)
@@ -106,7 +119,14 @@ def _module(
                 expected=f"[{out_features}, {rank}], [out, r] by {parts['A']} and head 0",
                 fix=_EXPORT_AGAIN,
             )
-    return Layout(rank, heads, has_router=True), in_features, out_features
+    if "route.bias" in parts and infos[parts["route.bias"]].shape != (heads,):
+        raise ShapeError(
+            parts["route.bias"],
+            got=f"shape {list(infos[parts['route.bias']].shape)}",
+            expected=f"[{heads}], a number for each head",
+            fix=_EXPORT_AGAIN,
+        )
+    return Layout(rank, heads, has_router=True, has_bias="route.bias" in parts), in_features, out_features
 
 
 def _heads(

@@ -20,14 +20,14 @@ from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.errors import MissingTensorError, ShapeError
 
 NAME = "lora"
-_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
 
 
 def recognise(config: AdapterConfig, names: Collection[str]) -> str | None:
     """Why this is ordinary LoRA, or None."""
     if config.fields.get("peft_type") != "LORA" or config.fields.get("lora_nums") is not None:
         return None
-    if not any(name.endswith(".lora_B.weight") for name in names):
+    if not any(name.endswith(".lora_B.weight") for name in names) or any(".shared_LoRA_A_" in name for name in names):
         return None
     return "peft_type LORA without lora_nums, tensors lora_A and lora_B"
 
@@ -47,22 +47,24 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
     plans = {}
     for path, parts in modules.items():
         rank = ranks.of(path)
-        plans[path] = _module(infos, path, parts, rank, config.scaling(rank, alphas.of(path)))
+        plans[path] = plan_module(infos, path, parts, rank, config.scaling(rank, alphas.of(path)))
     return plans
 
 
-def _module(
+def plan_module(
     infos: Mapping[str, TensorInfo], path: str, parts: Mapping[str, str], rank: int, scaling: float
 ) -> ModulePlan:
-    for part in "AB":
+    """The plan of a module with the parts lora_A and lora_B. Raises MissingTensorError, ShapeError."""
+    for part in ("lora_A", "lora_B"):
         if part not in parts:
             have = next(iter(parts.values()))
             raise MissingTensorError(
-                f"{path}.lora_{part}.weight", got=f"only {have}", expected="both", fix="export the adapter again"
+                f"{path}.{part}.weight", got=f"only {have}", expected="both", fix="export the adapter again"
             )
-    rows, in_features = matrix(infos, parts["A"])
-    out_features, columns = matrix(infos, parts["B"])
-    for name, got, expected in ((parts["A"], rows, "rows"), (parts["B"], columns, "columns")):
+    a, b = parts["lora_A"], parts["lora_B"]
+    rows, in_features = matrix(infos, a)
+    out_features, columns = matrix(infos, b)
+    for name, got, expected in ((a, rows, "rows"), (b, columns, "columns")):
         if got != rank:
             raise ShapeError(
                 name,
@@ -70,13 +72,12 @@ def _module(
                 expected=f"{rank} {expected}, the rank by adapter_config.json",
                 fix="use the adapter_config.json saved with these tensors",
             )
-    names = (parts["A"], parts["B"])
     return ModulePlan(
         layout=Layout(rank),
         scaling=scaling,
         in_features=in_features,
         out_features=out_features,
-        dtype=widest(infos, names),
-        a=parts["A"],
-        heads=(parts["B"],),
+        dtype=widest(infos, (a, b)),
+        a=(a,),
+        heads=(b,),
     )

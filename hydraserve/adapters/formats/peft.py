@@ -7,40 +7,26 @@ rank_pattern, num_heads_pattern, alpha_pattern and use_rslora mean what they mea
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from hydra_kernels import HydraWeights, Layout
+from hydra_kernels import Layout
 
 from hydraserve.adapters.config import AdapterConfig, PatternMatcher
 from hydraserve.adapters.formats.features import refuse_features
-from hydraserve.adapters.formats.plan import PREFIX, ModulePlan, group, matrix, widest
-from hydraserve.adapters.locate import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from hydraserve.adapters.formats.plan import PREFIX, ModulePlan, StackedPlan, group, matrix, widest
+from hydraserve.adapters.formats.writing import alpha_of, default_and_pattern, no_place, write_folder
 from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.adapters.weights import HydraAdapter
-from hydraserve.errors import MissingTensorError, ShapeError, UnsupportedFeatureError
+from hydraserve.errors import MissingTensorError, ShapeError
 
 NAME = "hydralora-peft"
 PEFT_TYPE = "HYDRALORA"
 _TENSOR = re.compile(r"(?P<module>.+)\.hydralora_(?P<part>A|B|router)\.weight")
 _EXPORT_AGAIN = "save the adapter again with save_pretrained()"
-
-
-@dataclass(frozen=True, slots=True)
-class StackedPlan(ModulePlan):
-    """A plan whose one entry in `heads` names a tensor that holds all of them, [E, out, r]."""
-
-    def build(self, tensors: dict[str, torch.Tensor]) -> HydraWeights:
-        a, router, heads = (tensors.pop(name).to(self.dtype) for name in self.names())
-        return HydraWeights(a=a, b=heads, layout=self.layout, router=router, scaling=self.scaling)
 
 
 def recognise(config: AdapterConfig, names: Collection[str]) -> str | None:
@@ -92,7 +78,7 @@ def _module(
         in_features=in_features,
         out_features=out_features,
         dtype=widest(infos, (a, b, router)),
-        a=a,
+        a=(a,),
         heads=(b,),
         router=router,
     )
@@ -111,32 +97,17 @@ def _expect(infos: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) 
 def save_peft(adapter: HydraAdapter, path: Path | str, *, lora_dropout: float = 0.0) -> None:
     """Write an adapter as PEFT would, so that `PeftModel.from_pretrained` and the server load it.
 
-    Where modules differ, r, num_heads and lora_alpha are those of the first and the patterns name the others. The
+    Where modules differ, r, num_heads and lora_alpha are the most frequent ones and the patterns name the others. The
     scaling becomes lora_alpha = s * r, so that an adapter of any origin computes what it did before.
 
     Raises UnsupportedFeatureError for weights that the tuner has no place for. Nothing is written then.
     """
     for module, weights in adapter.modules.items():
-        _check_savable(module, weights.layout)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).unlink(missing_ok=True)  # written last: a folder without it is no adapter
-    part = folder / f".{SAFETENSORS_NAME}.part"
-    safetensors.torch.save_file(_tensors(adapter), part, metadata={"format": "pt"})
-    os.replace(part, folder / SAFETENSORS_NAME)
-    (folder / BIN_NAME).unlink(missing_ok=True)
-    text = json.dumps(_config(adapter, lora_dropout), indent=2, sort_keys=True)
-    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _check_savable(module: str, layout: Layout) -> None:
-    if layout != Layout(rank=layout.rank, heads=layout.heads, has_router=True):
-        raise UnsupportedFeatureError(
-            f"module {module}",
-            got=str(layout),
-            expected="one A, a router without bias, a softmax over all heads",
-            fix="the HydraLoRA tuner cannot hold this; keep the adapter in its own format",
-        )
+        if weights.layout != Layout(rank=weights.layout.rank, heads=weights.layout.heads, has_router=True):
+            raise no_place(
+                module, str(weights.layout), "one A, a router without bias, a softmax over all heads", "tuner's"
+            )
+    write_folder(Path(path), _config(adapter, lora_dropout), _tensors(adapter), as_safetensors=True)
 
 
 def _tensors(adapter: HydraAdapter) -> dict[str, torch.Tensor]:
@@ -144,32 +115,26 @@ def _tensors(adapter: HydraAdapter) -> dict[str, torch.Tensor]:
     for module, weights in adapter.modules.items():
         assert weights.router is not None
         for name, tensor in (("A", weights.a), ("B", weights.b), ("router", weights.router)):
-            tensors[f"{PREFIX}{module}.hydralora_{name}.weight"] = tensor.detach().cpu().clone().contiguous()
+            tensors[f"{PREFIX}{module}.hydralora_{name}.weight"] = tensor
     return tensors
 
 
 def _config(adapter: HydraAdapter, lora_dropout: float) -> dict[str, Any]:
-    sizes = {path: (w.layout.rank, w.layout.heads, _alpha(w)) for path, w in adapter.modules.items()}
-    first = next(iter(sizes.values()))
-    names = (("r", "rank_pattern"), ("num_heads", "num_heads_pattern"), ("lora_alpha", "alpha_pattern"))
-    config: dict[str, Any] = {
+    rank, rank_pattern = default_and_pattern(adapter, lambda weights: weights.layout.rank)
+    heads, heads_pattern = default_and_pattern(adapter, lambda weights: weights.layout.heads)
+    alpha, alpha_pattern = default_and_pattern(adapter, alpha_of)
+    return {
+        "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
+        "lora_alpha": alpha,
         "lora_dropout": lora_dropout,
+        "num_heads": heads,
+        "num_heads_pattern": heads_pattern,
         "peft_type": PEFT_TYPE,
+        "r": rank,
+        "rank_pattern": rank_pattern,
         "target_modules": list(adapter.targets),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
-    for i, (name, pattern) in enumerate(names):
-        config[name] = first[i]
-        config[pattern] = {re.escape(path): size[i] for path, size in sizes.items() if size[i] != first[i]}
-    return config
-
-
-def _alpha(weights: HydraWeights) -> float:
-    """The float nearest to s * r that gives s again when it is divided by r."""
-    rank, scaling = weights.layout.rank, weights.scaling
-    alpha = scaling * rank
-    near = (float(f"{alpha:.9g}"), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in near if value / rank == scaling), alpha)

@@ -29,9 +29,13 @@ _WITH_ADAPTER_NAME = re.compile(r"\.lora_(?:A|B\d*|route)\.(?P<name>[^.]+)\.weig
 class ModulePlan:
     """How one module is put together from the file's tensors.
 
-    a, router: names of their tensors, [a_rows, in] and [E, in].
-    heads:     names of the E tensors [out, r].
-    dtype:     the narrowest type that holds all of them exactly.
+    a:      names of tensors [r, in]: one for all heads, or one for each.
+    heads:  names of E tensors [out, r].
+    router: name of a tensor [E, in], or None.
+    bias:   name of a tensor [E] that is added to the router's logits, or None.
+    dtype:  the narrowest type that holds all of them exactly.
+
+    A name may stand in several places.
     """
 
     layout: Layout
@@ -39,30 +43,57 @@ class ModulePlan:
     in_features: int
     out_features: int
     dtype: torch.dtype
-    a: str
+    a: tuple[str, ...]
     heads: tuple[str, ...]
     router: str | None = None
+    bias: str | None = None
 
     def summary(self) -> ModuleSummary:
         return ModuleSummary(self.in_features, self.out_features, self.layout, self.scaling, self.dtype)
 
     def names(self) -> tuple[str, ...]:
         """Of all the tensors it takes."""
-        return (self.a, *((self.router,) if self.router else ()), *self.heads)
+        return (*self.a, *(name for name in (self.router, self.bias) if name), *self.heads)
 
-    def build(self, tensors: dict[str, torch.Tensor]) -> HydraWeights:
-        """The module's weights. Takes its tensors out of `tensors`, so that they can be freed one by one."""
-
-        def take(name: str) -> torch.Tensor:
-            return tensors.pop(name).to(self.dtype)
-
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> HydraWeights:
+        """The module's weights."""
+        taken = {name: tensors[name].to(self.dtype) for name in self.names()}
         return HydraWeights(
-            a=take(self.a),
-            b=torch.stack([take(name) for name in self.heads]),
+            a=self._a(taken),
+            b=self._b(taken),
             layout=self.layout,
-            router=take(self.router) if self.router else None,
+            router=self._router(taken),
+            bias=None if self.bias is None else taken[self.bias],
             scaling=self.scaling,
         )
+
+    def _a(self, taken: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return taken[self.a[0]] if len(self.a) == 1 else torch.cat([taken[name] for name in self.a])
+
+    def _b(self, taken: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([taken[name] for name in self.heads])
+
+    def _router(self, taken: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        return None if self.router is None else taken[self.router]
+
+
+@dataclass(frozen=True, slots=True)
+class StackedPlan(ModulePlan):
+    """A plan whose `a` and `heads` name one tensor each: A [r, in] or [E, r, in], B [E, out, r].
+
+    transposed: A is [in, r] or [E, in, r], and B [E, r, out].
+    """
+
+    transposed: bool = False
+
+    def _a(self, taken: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._turned(taken[self.a[0]]).reshape(-1, self.in_features).contiguous()
+
+    def _b(self, taken: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._turned(taken[self.heads[0]]).contiguous()
+
+    def _turned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(-1, -2) if self.transposed else tensor
 
 
 def group(infos: Iterable[str], pattern: re.Pattern[str]) -> dict[str, dict[str, str]]:
@@ -74,8 +105,7 @@ def group(infos: Iterable[str], pattern: re.Pattern[str]) -> dict[str, dict[str,
     modules: dict[str, dict[str, str]] = {}
     for name in infos:
         match = pattern.fullmatch(name)
-        path = name.removeprefix(PREFIX)
-        if match is None or is_unsupported_module(path):
+        if match is None or is_unsupported_module(match["module"]):
             refuse_tensor(name)
         parts = modules.setdefault(match["module"].removeprefix(PREFIX), {})
         other = parts.setdefault(match["part"], name)

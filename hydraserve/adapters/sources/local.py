@@ -15,6 +15,6 @@ def local_folder(path: Path, policy: SourcePolicy) -> Path:
     """
     folder = policy.check_path(path)
     files = locate(folder)
-    for file in (files.config, files.weights):
+    for file in files.paths:
         policy.check_path(file)
     return folder

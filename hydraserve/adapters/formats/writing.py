@@ -1,0 +1,71 @@
+"""What all writers of adapters share: the two files of a folder, and the numbers of its configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+
+from hydraserve.adapters.locate import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from hydraserve.adapters.weights import HydraAdapter, HydraWeights
+from hydraserve.errors import UnsupportedFeatureError
+
+_Value = TypeVar("_Value", int, float)
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, as_safetensors: bool
+) -> None:
+    """Both files. The configuration comes last: a folder without it is no adapter, so none is ever half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    # Each tensor with memory of its own: torch.save would write the whole stack of heads for every view of it.
+    own = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    name, other = (SAFETENSORS_NAME, BIN_NAME) if as_safetensors else (BIN_NAME, SAFETENSORS_NAME)
+    part = folder / f".{name}.part"
+    if as_safetensors:
+        safetensors.torch.save_file(own, part, metadata={"format": "pt"})
+    else:
+        torch.save(own, part)
+    os.replace(part, folder / name)
+    (folder / other).unlink(missing_ok=True)
+    part = folder / f".{CONFIG_NAME}.part"
+    part.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    os.replace(part, folder / CONFIG_NAME)
+
+
+def alpha_of(weights: HydraWeights) -> float:
+    """A float that gives the scaling when divided by r; the roundest of those near s * r."""
+    rank = weights.layout.rank
+    alpha = weights.scaling * rank
+    near = (float(f"{alpha:.9g}"), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in near if value / rank == weights.scaling), alpha)
+
+
+def default_and_pattern(
+    adapter: HydraAdapter, value_of: Callable[[HydraWeights], _Value]
+) -> tuple[_Value, dict[str, _Value]]:
+    """The most frequent value, and {pattern that matches one module: value} for the modules that differ."""
+    values = {path: value_of(weights) for path, weights in adapter.modules.items()}
+    default = Counter(values.values()).most_common(1)[0][0]
+    return default, {f"^{re.escape(path)}": value for path, value in values.items() if value != default}
+
+
+def no_place(module: str, got: str, expected: str, layout: str) -> UnsupportedFeatureError:
+    """The error for weights that a layout cannot hold."""
+    return UnsupportedFeatureError(
+        f"module {module}",
+        got=got,
+        expected=expected,
+        fix=f"the {layout} layout cannot hold this; write another format",
+    )
