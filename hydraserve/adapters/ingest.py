@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
 from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.compose import Recipe, compose, read_router
 from hydraserve.adapters.derive import derive
 from hydraserve.adapters.requirements import Requirements
 from hydraserve.adapters.store import AdapterStore, StoredAdapter, read_stored
@@ -53,8 +54,28 @@ def ingest_derived(parent: Path, spec: str, store: Path) -> StoredAdapter:
     return AdapterStore(store).add(derive(read_stored(parent), spec))
 
 
+def ingest_composed(
+    recipe: Recipe, parts: Sequence[Path], router: Path | None, store: Path, requirements: Requirements
+) -> StoredAdapter:
+    """Make an adapter of others in the store (`parts`, in the recipe's order) and put it there too.
+
+    router: the folder of the router, or None.
+
+    Raises AdapterError's subclasses.
+    """
+    limits = requirements.limits
+    try:
+        weighted = [(read_stored(path), weight) for path, (_, weight) in zip(parts, recipe.parts, strict=True)]
+        adapter = compose(weighted, None if router is None else read_router(router, limits), limits)
+        requirements.check(adapter)
+    except AdapterError as error:
+        error.where = f"composition {recipe}"
+        raise
+    return AdapterStore(store).add(adapter)
+
+
 class Ingester:
-    """`ingest` and `ingest_derived` in a reader process, one at a time. Thread-safe; both block."""
+    """`ingest`, `ingest_derived` and `ingest_composed` in a reader process, one at a time. Thread-safe; all block."""
 
     def __init__(self, store: AdapterStore, requirements: Requirements, timeout_s: float = READ_TIMEOUT_S) -> None:
         self._store, self._requirements, self._timeout_s = store, requirements, timeout_s
@@ -69,6 +90,12 @@ class Ingester:
         """Raises as `ingest_derived`, and UnreadableFileError as `read`."""
         path = Path(parent.path)
         return self._do(partial(ingest_derived, path, spec, self._store.root), path)
+
+    def compose(self, recipe: Recipe, parts: Sequence[StoredAdapter], router: Path | None) -> StoredAdapter:
+        """Raises as `ingest_composed`, and UnreadableFileError as `read`."""
+        paths = [Path(part.path) for part in parts]
+        work = partial(ingest_composed, recipe, paths, router, self._store.root, self._requirements)
+        return self._do(work, paths[0])
 
     def _do(self, work: Callable[[], StoredAdapter], path: Path) -> StoredAdapter:
         with self._lock:

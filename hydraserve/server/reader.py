@@ -7,11 +7,12 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydraserve.adapters.compose import Recipe, router_folder
 from hydraserve.adapters.ingest import Ingester
 from hydraserve.adapters.sources import Progress, SourcePolicy, fetch
 from hydraserve.adapters.store import AdapterStore, StoredAdapter
@@ -69,9 +70,22 @@ class AdapterReader:
     @asynccontextmanager
     async def derive(self, parent: StoredAdapter, spec: str) -> AsyncIterator[Read]:
         """What `spec` makes of an adapter in the store, kept there as by `read`. Raises as `Ingester.derive`."""
+        async with self._made(lambda: self._ingester.derive(parent, spec)) as read:
+            yield read
+
+    @asynccontextmanager
+    async def compose(self, recipe: Recipe, parts: Sequence[StoredAdapter]) -> AsyncIterator[Read]:
+        """What `recipe` makes of adapters in the store, kept there as by `read`. Raises as `Ingester.compose` and
+        `router_folder`."""
+        router = None if recipe.router is None else router_folder(recipe.router, self.policy)
+        async with self._made(lambda: self._ingester.compose(recipe, parts, router)) as read:
+            yield read
+
+    @asynccontextmanager
+    async def _made(self, work: Callable[[], StoredAdapter]) -> AsyncIterator[Read]:
         started = time.monotonic()
         async with self._lock:
-            stored = await asyncio.to_thread(self._ingester.derive, parent, spec)
+            stored = await asyncio.to_thread(work)
             self._reading[stored.digest] += 1
         try:
             yield Read(stored, time.monotonic() - started)

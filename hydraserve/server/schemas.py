@@ -5,7 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hydraserve.adapters.compose import Recipe
 
 
 class AdapterState(StrEnum):
@@ -29,13 +31,38 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Part(_Body):
+    """An adapter to be composed with others, and what it is multiplied by."""
+
+    adapter: str
+    weight: float = 1.0
+
+
 class AddAdapter(_Body):
-    """POST /v1/adapters. digest: what the content has to be, if given."""
+    """POST /v1/adapters. Either source, or compose: adapters that are served, to be added up or, with a router
+    (where its folder comes from), to be mixed by it. digest: what the content has to be, if given."""
 
     name: str
-    source: str
+    source: str | None = None
+    compose: list[Part] | None = Field(default=None, min_length=1, max_length=64)
+    router: str | None = None
     pin: bool = False
     digest: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AddAdapter:
+        if (self.source is None) == (self.compose is None):
+            raise ValueError("expected either source or compose")
+        if self.router is not None and self.compose is None:
+            raise ValueError("router: expected only together with compose")
+        return self
+
+    def origin(self) -> str:
+        """The source, or that of what is to be composed. Raises AdapterConfigError."""
+        if self.compose is None:
+            assert self.source is not None
+            return self.source
+        return Recipe(tuple((part.adapter, part.weight) for part in self.compose), self.router).source
 
 
 class ReplaceAdapter(_Body):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Collection, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
+from hydraserve.adapters.compose import Recipe
 from hydraserve.adapters.derive import split_derived
 from hydraserve.adapters.registry import AdapterEntry, Origin, Registry, check_name
 from hydraserve.adapters.runtime import AdapterRuntime, Residency
@@ -259,6 +260,22 @@ class AdapterService:
                     raise
         return entry
 
+    @asynccontextmanager
+    async def _composed(self, recipe: Recipe) -> AsyncIterator[Read]:
+        parts = []
+        for name, _ in recipe.parts:
+            entry = self.registry.get(name)
+            if Recipe.parse(entry.source) is not None:  # also what keeps an adapter from waiting for itself
+                raise AdapterConflictError(
+                    what=f"compose {name!r}",
+                    got="an adapter that is composed itself",
+                    expected="adapters that were read from files",
+                    fix="compose its parts directly",
+                )
+            parts.append(await self._read_if_needed(entry))
+        async with self._reader.compose(recipe, parts) as read:
+            yield read
+
     def _derived_from(self, name: str) -> list[str]:
         """Names of the adapters that are made from this one."""
         derived = [entry.name for entry in self.registry if entry.origin is Origin.DERIVED]
@@ -272,6 +289,8 @@ class AdapterService:
             if digest not in self._contents:
                 raise self._unknown(entry.name)
             return self._reader.derive(self._contents[digest], spec)
+        if (recipe := Recipe.parse(source)) is not None:
+            return self._composed(recipe)
         trusted = entry.origin is Origin.COMMAND_LINE
         return self._reader.read(source, progress, trusted=trusted, digest=digest)
 

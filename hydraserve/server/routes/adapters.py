@@ -37,8 +37,9 @@ async def list_adapters(service: Service) -> AdapterList:
 
 @router.post("")
 async def add_adapter(body: AddAdapter, service: Service, response: Response) -> AdapterCard:
-    """Read an adapter and serve it. 201, or 200 when the same was there; 409 when the name stands for another."""
-    entry, is_new = await service.add(body.name, body.source, pin=body.pin, digest=body.digest)
+    """Read an adapter, or compose one of others, and serve it. 201, or 200 when the same was there; 409 when the name
+    stands for another."""
+    entry, is_new = await service.add(body.name, body.origin(), pin=body.pin, digest=body.digest)
     response.status_code = 201 if is_new else 200
     return adapter_card(service, entry, await service.residency())
 
