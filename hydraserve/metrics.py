@@ -59,9 +59,12 @@ class Metrics:
         self.request_seconds = histogram(
             "adapter_request_duration_seconds", "From a request's arrival to its end.", ADAPTER, REQUEST_BUCKETS
         )
-        self.running = gauge("adapter_requests_running", "Requests in the engine's batch.", ADAPTER, mode="livesum")
+        self.running = gauge("adapter_requests_running", "Requests that get tokens.", ADAPTER, mode="livesum")
         self.waiting = gauge(
-            "adapter_requests_waiting", "Requests that wait, for their adapter or for a place.", ADAPTER, mode="livesum"
+            "adapter_requests_waiting",
+            "Requests without a token yet: their adapter, a place, or their prompt comes first.",
+            ADAPTER,
+            mode="livesum",
         )
 
         # Adapters: where they are.

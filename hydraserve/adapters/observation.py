@@ -96,8 +96,8 @@ class EngineObservation(Protocol):
     async def take_counts(self) -> EngineCounts:
         """What was counted since the last call."""
 
-    def requests(self) -> Mapping[str, tuple[int, int]]:
-        """Adapter -> its requests that are running, and those that wait in the engine's queue."""
+    def requests(self) -> Mapping[str | None, tuple[int, int]]:
+        """Adapter (None: the base model) -> its requests in the engine that have a first token, and that have none."""
 
     async def start_trace(self, trace: str, limit: int) -> None:
         """Record the routing weights of the request whose id contains `trace`, of its first `limit` tokens."""

@@ -34,9 +34,11 @@ class WatchedEngine:
     async def take_counts(self) -> EngineCounts:
         return merge_counts(await self._call("hydra_take_counts"))
 
-    def requests(self) -> Mapping[str, tuple[int, int]]:
-        states = self._engine.output_processor.lora_states.requests
-        return {adapter: (len(stats.running), len(stats.waiting)) for adapter, stats in states.items()}
+    def requests(self) -> Mapping[str | None, tuple[int, int]]:
+        found: Counter[tuple[str | None, bool]] = Counter()
+        for state in self._engine.output_processor.request_states.values():
+            found[state.lora_name, state.is_prefilling] += 1
+        return {adapter: (found[adapter, False], found[adapter, True]) for adapter in {name for name, _ in found}}
 
     async def start_trace(self, trace: str, limit: int) -> None:
         await self._call("hydra_start_trace", trace, limit)

@@ -72,8 +72,10 @@ class AdapterLabels:
         if adapter is not None and label != OTHER:
             self._adapters[adapter].users -= 1
 
-    def find(self, adapter: str) -> str:
+    def find(self, adapter: str | None) -> str:
         """The label of an adapter as things are, without counting it as used."""
+        if adapter is None:
+            return BASE
         return _escaped(adapter) if adapter in self._named else OTHER
 
     def _make_room(self, activity: float, now: float) -> None:

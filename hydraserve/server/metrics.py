@@ -162,7 +162,10 @@ class ServerMetrics:
             return
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._refresh())
-        await asyncio.wait([self._refreshing], timeout=REFRESH_TIMEOUT_S)
+        done, _ = await asyncio.wait([self._refreshing], timeout=REFRESH_TIMEOUT_S)
+        for refreshed in done:
+            if (error := refreshed.exception()) is not None:  # a fault of ours; the series that are there still tell
+                logger.error("metrics: %r", error)
 
     async def _refresh(self) -> None:
         assert self.service is not None
@@ -250,9 +253,9 @@ class ServerMetrics:
     def _show_requests(self) -> None:
         running: dict[tuple[str, ...], float] = {}
         waiting: dict[tuple[str, ...], float] = {}
-        in_engine: dict[str, int] = {}
+        in_engine: dict[str | None, int] = {}
         for adapter, (runs, waits) in self._engine.requests().items():
-            key = (self._labels.find(name_of(adapter)),)
+            key = (self._labels.find(None if adapter is None else name_of(adapter)),)
             running[key] = running.get(key, 0) + runs
             waiting[key] = waiting.get(key, 0) + waits
             in_engine[adapter] = runs + waits
