@@ -30,11 +30,12 @@ class Member:
     config: dict[str, Any]
     layers: dict[str, nn.Module]
     prefix: str = PREFIX
+    left_out: str = ""  # what the file's names leave out at the beginning of a path
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As they are in the file; [name, tensor] in the order of the model."""
         return {
-            f"{self.prefix}{path}.{name}": tensor.detach().clone()
+            f"{self.prefix}{path.removeprefix(self.left_out)}.{name}": tensor.detach().clone()
             for path, layer in self.layers.items()
             for name, tensor in layer.state_dict().items()
         }
@@ -397,8 +398,7 @@ def _moe_peft(shapes: Shapes, kind: str, seed: int) -> Member:
     if kind == "mola":
         config["top_k"] = 2
     member = make_member("moe-peft", shapes, make, config, rank=rank, alpha=6, seed=seed, scaling=6 / rank**0.5)
-    member.layers = {path.removeprefix("model."): layer for path, layer in member.layers.items()}
-    member.prefix = f"{kind}."
+    member.prefix, member.left_out = f"{kind}.", "model."
     return member
 
 
