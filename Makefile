@@ -34,12 +34,13 @@ test: ## all tests; ARGS goes to pytest, for example ARGS="tests/adapters -x"
 	$(INSTALL) dev
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: ## ruff, mypy and the layer contracts
+lint: ## ruff, mypy, the layer contracts, and what is in deploy/
 	$(INSTALL) dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python scripts/check_deploy.py
 
 check: lint test ## lint, then test: what a change has to pass
 
