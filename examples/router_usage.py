@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from hydraserve.bench.machine import provenance
 from hydraserve.models import resolve_model
 from hydraserve.tuner import record_routing
 
@@ -67,8 +69,16 @@ def main() -> None:
     usage = usage_by_task(model, AutoTokenizer.from_pretrained(source), rows)
     report(usage)
     if args.json:
-        shares = {task: {m: w.tolist() for m, w in modules.items()} for task, modules in usage.items()}
-        args.json.write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(record(usage, rows)) + "\n", encoding="utf-8")
+
+
+def record(usage: Usage, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """The shares to four digits, and the machine, versions and commit they come from."""
+    shares = {
+        task: {module: [round(share, 4) for share in weights.tolist()] for module, weights in modules.items()}
+        for task, modules in usage.items()
+    }
+    return {**provenance(), "questions": Counter(row["task"] for row in rows), "usage": shares}
 
 
 def report(usage: Usage) -> None:

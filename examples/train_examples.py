@@ -66,8 +66,10 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="train the comparison instead of the examples")
     parser.add_argument("--only", nargs="+", help="names of runs (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--per-task", type=int, help="training questions of each task, other than 800 or 200")
     args = parser.parse_args()
     runs, per_task = (EXAMPLES | PLAIN, COMPARED_PER_TASK) if args.compare else (EXAMPLES, EXAMPLE_PER_TASK)
+    per_task = args.per_task or per_task
     for seed in args.seeds:
         for name, (mixture, options) in runs.items():
             if args.only and name not in args.only:

@@ -65,9 +65,12 @@ def load_examples(paths: Sequence[Path | str]) -> list[Example]:
 
     Raises DataError, naming the file and the line, for what cannot be read.
     """
-    examples = [_parse(record, source) for path in paths for record, source in _records(Path(path))]
-    if not examples:
-        raise DataError("training data", got="no examples in " + ", ".join(map(str, paths)), expected="at least one")
+    examples: list[Example] = []
+    for path in paths:
+        found = [_parse(record, source) for record, source in _records(Path(path))]
+        if not found:
+            raise DataError(str(path), got="no examples", expected="at least one")
+        examples += found
     return examples
 
 

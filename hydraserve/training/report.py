@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hydraserve.training.run import TrainSummary
+if TYPE_CHECKING:
+    from hydraserve.training.heads import HeadsChoice
+    from hydraserve.training.run import TrainSummary
 
 
 def print_summary(summary: TrainSummary, console: Console) -> None:
@@ -27,6 +32,23 @@ def print_summary(summary: TrainSummary, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def print_heads(choice: HeadsChoice, console: Console) -> None:
+    """How the number of heads was chosen: the curve with its elbow, or what DBSCAN found."""
+    if choice.candidates:
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in ("heads", "distance", "silhouette", ""):
+            table.add_column(name, justify="left" if not name else "right")
+        for c in choice.candidates:
+            marks = {"elbow": c.k == choice.heads, "most separate": c.k == choice.best_silhouette}
+            silhouette = "" if c.silhouette is None else f"{c.silhouette:.3f}"
+            note = ", ".join(name for name, holds in marks.items() if holds)
+            table.add_row(str(c.k), f"{c.inertia:.1f}", silhouette, note)
+        console.print(table)
+    else:
+        console.print(f"dense groups; {choice.noise:.0%} of the examples are in none")
+    console.print(f"suggested: --heads {choice.heads} ({choice.examples:,} examples)", highlight=False)
 
 
 def _number(value: float | None) -> str:

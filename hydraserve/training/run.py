@@ -3,6 +3,7 @@
 OUTPUT/
   adapter_config.json  adapter_model.safetensors   the adapter
   training.json                                    settings, data, losses, time
+  heads.png                                        with `heads="auto"`: the curve whose elbow was taken
   checkpoints/checkpoint-N/                        what --resume goes on from
 """
 
@@ -32,8 +33,9 @@ from hydraserve.errors import ConfigError, ModelNotFoundError
 from hydraserve.models import resolve_model
 from hydraserve.training.batches import PackedCollator, PaddedCollator, Rows, accepts_short_logits, pack
 from hydraserve.training.data import DataError, Example, load_examples, split
-from hydraserve.training.heads import choose_heads
+from hydraserve.training.heads import choose_heads, plot
 from hydraserve.training.progress import ProgressLog
+from hydraserve.training.report import print_heads
 from hydraserve.training.settings import TrainSettings
 from hydraserve.training.template import Template, Tokens
 from hydraserve.tuner import HydraLoraConfig, RouterLossCallback
@@ -87,7 +89,7 @@ def train(settings: TrainSettings, console: Console) -> TrainSummary:
     trainer = _trainer(settings, model, tokenizer, data, progress, short_logits)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    eval_loss = trainer.evaluate()["eval_loss"] if data.evaluation else None
+    eval_loss = _last_eval_loss(trainer) if data.evaluation else None
     _save(settings, model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     summary = TrainSummary(
@@ -137,7 +139,8 @@ def _settle_heads(settings: TrainSettings, examples: list[Example], console: Con
     if settings.method == "lora" or settings.heads != "auto":
         return settings
     choice = choose_heads(examples, seed=settings.seed)
-    console.print(f"heads: {choice.heads} (elbow over {choice.examples} examples; `hydraserve heads` shows the curve)")
+    print_heads(choice, console)
+    plot(choice, settings.output / "heads.png")
     return replace(settings, heads=choice.heads)
 
 
@@ -255,6 +258,13 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     )
 
 
+def _last_eval_loss(trainer: Trainer) -> float:
+    """Of the finished adapter: measured now, unless the last step was followed by an evaluation."""
+    last = trainer.state.log_history[-1] if trainer.state.log_history else {}
+    measured = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e and e["step"] == last["step"]]
+    return float(measured[-1] if measured else trainer.evaluate()["eval_loss"])
+
+
 def _save(settings: TrainSettings, model: PeftModel) -> None:
     """The adapter in `save_dtype`, under the base model's public name."""
     model.peft_config["default"].base_model_name_or_path = settings.base_name or settings.model
@@ -263,6 +273,8 @@ def _save(settings: TrainSettings, model: PeftModel) -> None:
     path = settings.output / WEIGHTS_FILE
     dtype = getattr(torch, settings.save_dtype)
     save_file({key: t.to(dtype).contiguous() for key, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read; the server often runs as another user.
+    path.chmod((settings.output / "adapter_config.json").stat().st_mode)
 
 
 def _write_record(settings: TrainSettings, summary: TrainSummary, history: list[dict[str, float]]) -> None:

@@ -149,3 +149,6 @@ def test_router_usage_is_the_mean_over_the_answers(
     assert module.distance(usage["one"], usage["one"], "up_proj") == 0
     assert 0 < module.distance(usage["one"], usage["two"], "up_proj") < 1
     module.report(usage)
+    record = module.record(usage, ROWS)
+    assert record["questions"] == {"one": 2, "two": 2}
+    assert record["usage"]["one"][path] == pytest.approx(usage["one"][path].tolist(), abs=1e-4)

@@ -109,8 +109,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not UTF-8 at offset 18"):
         load_examples([tmp_path / "latin.json"])
     (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(DataError, match="got no examples in"):
-        load_examples([tmp_path / "empty.json"])
+    good = write(tmp_path / "good.jsonl", [ALPACA], lines=True)
+    with pytest.raises(DataError, match=r"empty\.json: got no examples, expected at least one"):
+        load_examples([good, tmp_path / "empty.json"])
 
 
 def examples(count: int) -> list[Example]:

@@ -50,10 +50,12 @@ def test_train_writes_an_adapter_that_peft_loads(settings: TrainSettings, tiny_m
     assert (summary.examples, summary.eval_examples) == (47, 5)
     assert "step 5/72  loss " in log
     assert "lr " in log
-    assert "eval loss " in log
+    assert log.count("step 72/72  eval loss ") == 1
     config = json.loads((settings.output / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_heads"], config["r"]) == ("HYDRALORA", 2, 4)
     assert config["base_model_name_or_path"] == "someone/base"
+    modes = {path.stat().st_mode for path in settings.output.glob("adapter_*")}
+    assert len(modes) == 1, "weights are as readable as the config"
     record = json.loads((settings.output / "training.json").read_text())
     assert record["summary"]["steps"] == summary.steps == 72
     assert record["history"][-1]["step"] == 72
@@ -136,7 +138,9 @@ def test_plain_lora_and_save_dtype(settings: TrainSettings) -> None:
 def test_heads_auto(settings: TrainSettings) -> None:
     summary, log = run(replace(settings, heads="auto", max_steps=1))
     assert summary.heads >= 2
-    assert f"heads: {summary.heads} (elbow over 52 examples" in log
+    assert f"suggested: --heads {summary.heads} (52 examples)" in log
+    assert next(line for line in log.splitlines() if "elbow" in line).split()[0] == str(summary.heads)
+    assert (settings.output / "heads.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((settings.output / "adapter_config.json").read_text())["num_heads"] == summary.heads
 
 
