@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import torch
+from hydra_kernels.ops.library import warm_up
+from hydra_kernels.slots import StackedSlots
 from vllm.config import VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.layers import LoRAMapping, LoRAMappingType
@@ -53,6 +55,17 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
                 layers.append((names, module.slots))
         self.slot_events = SlotEvents()
         self.routing = RoutingRecorder(layers, self.max_num_batched_tokens, heads, every)
+
+    def warm_up(self) -> None:
+        """Compile the GPU kernels for each shape of layer, so that no request waits for a compiler."""
+        shapes = {
+            (module.slots.in_features, tuple(module.slots.out_slices)): module.slots
+            for module in self.modules.values()
+            if isinstance(module, HydraLinear)
+        }
+        for slots in shapes.values():
+            if isinstance(slots, StackedSlots):
+                warm_up(slots, self.max_num_batched_tokens)
 
     @property
     def _language_wrapper(self) -> Any:
@@ -167,6 +180,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         with slot_capacity(self.options.capacity):
             wrapped = super().create_lora_manager(model, vllm_config)
         self._adapter_manager.record_routing(self.options.capacity.heads, self.options.router_metrics)
+        self._adapter_manager.warm_up()
         return wrapped
 
     @property
