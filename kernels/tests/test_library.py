@@ -93,13 +93,13 @@ def test_warm_up_leaves_nothing_to_compile(dtype: torch.dtype) -> None:
     known = codes(machine_code, launches)
     gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
     for tokens in (1, 2, 3, 16, 17, 500, 512, 513, 2047, 8191, 8192, 8193, 20000):
-        meta = StepMetadata(20000, 2)
+        meta = StepMetadata(20000, 2, heads=slots.capacity.heads)
         meta.update([0] * tokens)
         with machine_code.recorded() as launches:
             z = shrink.shrink_partials(torch.empty(tokens, 2048, dtype=dtype), slots.a, slots.layout, *meta_args(meta))
-            expand.expand_(torch.empty(tokens, sum(OUT), dtype=dtype), z, *gate, *meta_args(meta))
+            expand.expand_(torch.empty(tokens, sum(OUT), dtype=dtype), z, *gate, *meta_args(meta), carry=meta.carry)
             z = shrink.sum_partials(z, slots.capacity.rows, slots.layout, meta.device, meta.max_tokens, 2)
-            expand.expand_(torch.empty(tokens, sum(OUT), dtype=dtype), z, *gate, *meta_args(meta))
+            expand.expand_(torch.empty(tokens, sum(OUT), dtype=dtype), z, *gate, *meta_args(meta), carry=meta.carry)
         assert len(launches) == 4
         assert codes(machine_code, launches) <= known, tokens
 

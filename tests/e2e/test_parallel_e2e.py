@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 from adapter_client import wait_for
+from family import shared_routers
 from prometheus_client.parser import text_string_to_metric_families
 
 from hydraserve.adapters.save import save_adapter
@@ -20,6 +21,7 @@ from hydraserve.models import base_shapes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"hydra-r4-e3": (4, 3), "hydra-r8-e2": (8, 2), "plain-r4": (4, 1)}
+SHARED = "shared-router"  # of gate, up and down: the logits that down takes are not reduced over ranks, its z is
 ROUTED = ("hydra-r4-e3", "hydra-r8-e2")
 LAYERS, PROMPT, GENERATED = 2, 6, 20
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -56,7 +58,7 @@ def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str
     """What a server started with `flags` answers, counts and traces."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *flags]
     arguments += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", "--router-metrics", "on"]
-    for name in ADAPTERS:
+    for name in (*ADAPTERS, SHARED):
         arguments += ["--adapter", f"{name}={adapters / name}"]
     with ServerProcess(arguments, log, {**ENV, **env}) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
@@ -72,7 +74,7 @@ def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str
             return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
 
         with ThreadPoolExecutor(4) as pool:
-            models = ["tiny", *ADAPTERS]
+            models = ["tiny", *ADAPTERS, SHARED]
             tokens = dict(zip(models, pool.map(greedy, models), strict=True))
         computed = f"hydraserve_router_tokens_total {sorted({'adapter': 'hydra-r4-e3', 'module': 'q_proj'}.items())}"
         wait_for(lambda: router_series(server.url).get(computed, 0) >= LAYERS * (PROMPT + GENERATED - 1), "the counts")
@@ -86,6 +88,7 @@ def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shapes = base_shapes(str(tiny_llama))
     for seed, (name, (rank, heads)) in enumerate(ADAPTERS.items()):
         save_adapter(make_adapter(shapes, TARGETS, rank, heads, seed=seed), folder / name)
+    shared_routers(shapes, dense=True, seed=3).write(folder / SHARED)
     return folder
 
 
