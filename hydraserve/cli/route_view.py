@@ -52,7 +52,7 @@ class Routing:
     def shares(self) -> npt.NDArray[np.float64]:
         """[tokens, heads]: what each head does of the routers' work; NaN for tokens that none has seen."""
         seen = np.array([token["head"] is not None for token in self.summary["tokens"]])
-        shares = np.nan_to_num(self.weights).mean(axis=1, dtype=np.float64)
+        shares: npt.NDArray[np.float64] = np.nan_to_num(self.weights).mean(axis=1, dtype=np.float64)
         shares[~seen] = np.nan
         return shares
 
@@ -60,7 +60,7 @@ class Routing:
         """(layer numbers, [heads, layers, tokens]): the mean over the routers of a layer."""
         numbers = [router["layer"] for router in self.summary["routers"]]
         layers = sorted(set(numbers))
-        unseen = np.isnan(self.weights).all(axis=2)[..., None]
+        unseen: npt.NDArray[np.bool_] = np.isnan(self.weights).all(axis=2, keepdims=True)  # type: ignore[assignment]
         weights = np.where(unseen, np.nan, np.nan_to_num(self.weights))
         means = [weights[:, [n == layer for n in numbers]].mean(axis=1) for layer in layers]
         return layers, np.stack(means).transpose(2, 0, 1)
@@ -151,15 +151,17 @@ def _figure(routing: Routing, path: Path) -> Any:
     height = 1.6 + heads * max(1.1, 0.055 * len(layers))
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(heads, 1, sharex=True, squeeze=False)[:, 0]
-    image = None
+    images = []
     for head, axes in enumerate(panels):
-        image = axes.imshow(weights[head], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        images.append(
+            axes.imshow(weights[head], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        )
         axes.set_ylabel(f"head {head}\nlayer")
         step = max(1, math.ceil(len(layers) / 5))
         axes.set_yticks(range(0, len(layers), step), layers[::step])
         axes.axvline(routing.summary["prompt_tokens"] - 0.5, color="white", linewidth=1.5)
     _label_tokens(panels[-1], [token["text"] for token in routing.summary["tokens"]])
-    figure.colorbar(image, ax=panels, label="routing weight", fraction=0.02, pad=0.01)
+    figure.colorbar(images[0], ax=panels, label="routing weight", fraction=0.02, pad=0.01)
     modules = sorted({router["module"] for router in routing.summary["routers"]})
     what = modules[0] if len(modules) == 1 else f"mean of {len(modules)} modules"
     figure.suptitle(f"{routing.summary['model']}: {what}; the answer begins at the white line")

@@ -187,7 +187,8 @@ class RoutingRecorder:
         """
         layouts = [layout for slots in self.layers for layout in slots.layouts[slot] or [None] * len(slots.out_slices)]
         heads = np.array([layout.heads if layout is not None and layout.has_router else 0 for layout in layouts])
-        return heads * self.probe.sums[slot].any(dim=1).cpu().numpy()
+        counted: npt.NDArray[np.bool_] = self.probe.sums[slot].any(dim=1).cpu().numpy()
+        return np.where(counted, heads, 0)
 
     def take(self, lora_index_to_id: Sequence[int | None]) -> dict[str, Any]:
         """What was counted since the last call, as plain data; begins anew.

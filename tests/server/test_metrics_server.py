@@ -1,0 +1,227 @@
+"""What the engine and the requests tell, as series: with an engine and a service that say what a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from hydraserve.adapters.observation import EngineCounts, RequestEnd, RouterCount, SlotCounts
+from hydraserve.adapters.runtime import EngineSizes, Residency
+from hydraserve.errors import EngineError
+from hydraserve.metrics import Metrics
+from hydraserve.server.metrics import ServerMetrics
+
+NOTHING = EngineCounts({}, 0, SlotCounts())
+
+
+class Engine:
+    """`EngineObservation`, as far as metrics ask it."""
+
+    def __init__(self) -> None:
+        self.observer: Any = None
+        self.counts: list[EngineCounts | Exception] = []
+        self.in_flight: dict[str | None, tuple[int, int]] = {}
+
+    async def take_counts(self) -> EngineCounts:
+        found = self.counts.pop(0) if self.counts else NOTHING
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def requests(self) -> Mapping[str | None, tuple[int, int]]:
+        return self.in_flight
+
+
+class Service:
+    def __init__(self) -> None:
+        self.current: dict[str, Any] = {}
+        self.cache = SimpleNamespace(ready=lambda digest: digest == "ready")
+        self.held = Residency(host={}, slots=(None, None), blocks=0, free_blocks=0, cached_blocks=0, process_bytes=0)
+
+    def serve(self, name: str, adapter_id: int, requests: int = 0) -> None:
+        ids = [f"r{i}" for i in range(requests)]
+        self.current[name] = SimpleNamespace(
+            adapter_id=adapter_id, label=f"{name}@d1", request_ids=ids, stored=SimpleNamespace(digest=name)
+        )
+
+    async def residency(self) -> Residency:
+        return self.held
+
+
+class Runtime:
+    hooks: Any = None
+
+    async def load(self, adapter_id: int, path: str, digest: str) -> None: ...
+
+    async def unload(self, adapter_id: int) -> None: ...
+
+
+class Server:
+    """Everything together, and a clock that only a test moves."""
+
+    def __init__(self, size: int = 3) -> None:
+        self.registry, self.now = CollectorRegistry(), 0.0
+        self.engine, self.service = Engine(), Service()
+        self.metrics = ServerMetrics(self.engine, Metrics(self.registry), size, lambda: self.now)  # type: ignore[arg-type]
+        self.runtime = self.metrics.meter(Runtime())  # type: ignore[arg-type]
+
+    async def start(self) -> None:
+        await self.metrics.start(self.service, EngineSizes(2, 4, None, ()))  # type: ignore[arg-type]
+
+    async def refresh(self) -> None:
+        self.now += 1.0
+        await self.metrics.refresh()
+
+    def request(self, adapter: str | None, outcome: str = "stop") -> None:
+        begun = self.engine.observer.begin(None if adapter is None else f"{adapter}@d1")
+        self.engine.observer.end(begun, RequestEnd(outcome, 5, 7, 2.0, 0.5, 0.25))
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"hydraserve_{name}", labels)
+
+    def adapters(self) -> set[str]:
+        families = self.registry.collect()
+        return {s.labels["adapter"] for family in families for s in family.samples if "adapter" in s.labels}
+
+
+def counted(adapter_id: int, tokens: int, *weights: float, slots: SlotCounts | None = None) -> EngineCounts:
+    routers = {f"layers.{i}.mlp.up_proj": RouterCount(tokens, weights, 0.5 * tokens) for i in range(2)}
+    return EngineCounts({adapter_id: routers}, 3, slots or SlotCounts())
+
+
+def test_requests_are_counted_by_adapter_and_outcome() -> None:
+    server = Server()
+    for adapter, outcome in (("sql", "stop"), ("sql", "abort"), (None, "length")):
+        server.request(adapter, outcome)
+    assert server.value("adapter_requests_total", adapter="sql", outcome="stop") == 1
+    assert server.value("adapter_requests_total", adapter="base", outcome="length") == 1
+    assert server.value("adapter_prompt_tokens_total", adapter="sql") == 10
+    assert server.value("adapter_generated_tokens_total", adapter="sql") == 14
+    assert server.value("adapter_time_to_first_token_seconds_sum", adapter="sql") == 1.0
+    assert server.value("adapter_time_per_output_token_seconds_sum", adapter="sql") == 0.5
+    assert server.value("adapter_request_duration_seconds_count", adapter="sql") == 2
+
+
+def test_routers_are_added_up_over_layers_and_scrapes() -> None:
+    async def scenario(server: Server) -> None:
+        server.service.serve("sql", 7)
+        server.request("sql")
+        server.engine.counts = [counted(7, 999, 999, 0), counted(7, 100, 60, 40), counted(7, 50, 50, 0)]
+        await server.start()  # takes what was counted in the warm-up
+        await server.refresh()
+        await server.refresh()
+
+    server = Server()
+    asyncio.run(scenario(server))
+    labels = {"adapter": "sql", "module": "up_proj"}
+    assert server.value("router_tokens_total", **labels) == 300
+    assert server.value("router_weight_total", **labels, head="0") == 220
+    assert server.value("router_weight_total", **labels, head="1") == 80
+    assert server.value("router_entropy_total", **labels) == 150
+    assert server.value("router_sampled_steps_total") == 6
+    assert server.value("router_collapsed_ratio", adapter="sql") == 0
+
+
+def test_the_engine_is_asked_once_a_second_and_its_errors_leave_what_was() -> None:
+    async def scenario(server: Server) -> None:
+        server.service.serve("sql", 7)
+        server.request("sql")
+        await server.start()
+        server.engine.counts = [counted(7, 10, 10, 0), counted(7, 10, 10, 0)]
+        await server.refresh()
+        await server.metrics.refresh()
+        assert len(server.engine.counts) == 1
+        server.engine.counts.insert(0, EngineError("call", "a timeout", "an answer"))
+        await server.refresh()
+        await server.refresh()
+
+    server = Server()
+    asyncio.run(scenario(server))
+    assert server.value("router_tokens_total", adapter="sql", module="up_proj") == 40
+
+
+def test_a_fault_of_ours_is_told_and_not_fatal(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(server: Server) -> None:
+        await server.start()
+        server.engine.counts = [ValueError("a fault")]
+        await server.refresh()
+        await server.refresh()
+
+    asyncio.run(scenario(Server()))
+    assert [record.message for record in caplog.records] == ["metrics: ValueError('a fault')"]
+
+
+def test_places_of_adapters() -> None:
+    async def scenario(server: Server) -> None:
+        for name, adapter_id in (("a", 1), ("b", 2), ("c", 3)):
+            server.service.serve(name, adapter_id)
+            server.request(name)
+        server.service.held = Residency({1: 100, 2: 50}, (None, 1), 0, 0, 0, 0)
+        slots = SlotCounts(loads={1: 2, 9: 1}, evictions={1: 1}, hits=5, misses=3)
+        await server.start()
+        server.engine.counts = [EngineCounts({}, 0, slots)]
+        await server.runtime.load(1, "path", "digest")
+        await server.runtime.unload(9)
+        await server.refresh()
+
+    server = Server()
+    asyncio.run(scenario(server))
+    states = {
+        name: [server.value("adapter_state", adapter=name, state=s) for s in ("slot", "host", "disk")] for name in "abc"
+    }
+    assert states == {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1]}
+    assert server.value("adapter_bytes", adapter="a") == 100
+    assert (server.value("slots"), server.value("slots_used")) == (2, 1)
+    assert (server.value("host_cache_capacity"), server.value("host_cache_adapters")) == (4, 2)
+    assert server.value("host_cache_bytes") == 150
+    assert (server.value("slot_hits_total"), server.value("slot_misses_total")) == (5, 3)
+    assert server.value("adapter_loads_total", adapter="a", place="slot") == 2
+    assert server.value("adapter_loads_total", adapter="other", place="slot") == 1, "one that is gone already"
+    assert server.value("adapter_loads_total", adapter="a", place="host") == 1
+    assert server.value("adapter_load_seconds_count", adapter="a") == 1
+    assert server.value("adapter_evictions_total", adapter="a", place="slot") == 1
+    assert server.value("adapter_evictions_total", adapter="other", place="host") == 1
+
+
+def test_running_and_waiting_requests() -> None:
+    async def scenario(server: Server) -> None:
+        server.service.serve("a", 1, requests=6)  # two of them wait for the adapter, before the engine knows them
+        server.request("a")
+        await server.start()
+        server.engine.in_flight = {"a@d1": (3, 1), None: (2, 0)}
+        await server.refresh()
+        assert server.value("adapter_requests_running", adapter="a") == 3
+        assert server.value("adapter_requests_waiting", adapter="a") == 3
+        assert server.value("adapter_requests_running", adapter="base") == 2
+        server.service.serve("a", 1)
+        server.engine.in_flight = {}
+        await server.refresh()
+        assert server.value("adapter_requests_running", adapter="a") == 0
+        assert server.value("adapter_requests_waiting", adapter="a") == 0
+
+    asyncio.run(scenario(Server()))
+
+
+def test_an_adapter_that_loses_its_label_loses_its_series() -> None:
+    async def scenario(server: Server) -> None:
+        for name, adapter_id in (("a", 1), ("b", 2)):
+            server.service.serve(name, adapter_id)
+        server.request("a")
+        await server.start()
+        server.engine.counts = [counted(1, 10, 10, 0)]
+        await server.refresh()
+        assert "a" in server.adapters()
+        for _ in range(5):
+            server.request("b")
+        server.engine.counts = [counted(1, 10, 10, 0)]
+        await server.refresh()
+
+    server = Server(size=1)
+    asyncio.run(scenario(server))
+    assert server.adapters() == {"b", "other"}
+    assert server.value("router_tokens_total", adapter="other", module="up_proj") == 20
