@@ -48,6 +48,16 @@ def take_secret(name: str) -> str | None:
     return os.environ.pop(name, None) or None
 
 
+def server_url() -> str:
+    """The server that `hydraserve adapters` talks to when nothing else is said: HYDRASERVE_URL."""
+    return os.environ.get("HYDRASERVE_URL") or "http://127.0.0.1:8000"
+
+
+def administration_key() -> str | None:
+    """The key that `hydraserve adapters` shows: HYDRASERVE_ADMIN_API_KEY, else HYDRASERVE_API_KEY."""
+    return os.environ.get("HYDRASERVE_ADMIN_API_KEY") or os.environ.get("HYDRASERVE_API_KEY") or None
+
+
 def debug() -> bool:
     """Whether errors come with tracebacks: HYDRASERVE_DEBUG=1, which `--debug` sets for all processes."""
     return os.environ.get("HYDRASERVE_DEBUG", "0") == "1"

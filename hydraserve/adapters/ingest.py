@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+from hydraserve.adapters.archives import opened
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.compose import Recipe, compose, read_router
 from hydraserve.adapters.derive import derive
@@ -32,16 +33,18 @@ _PR_SET_PDEATHSIG = 1
 _NICENESS = 10
 
 
-def ingest(folder: Path, store: Path, requirements: Requirements) -> StoredAdapter:
-    """Read an adapter, check that it can be served, and put its content into the store.
+def ingest(path: Path, store: Path, requirements: Requirements) -> StoredAdapter:
+    """Read an adapter (its folder, or an archive), check that it can be served, and put its content into the store.
 
     Raises AdapterError's subclasses.
     """
-    adapter = load_adapter(folder, limits=requirements.limits)
     try:
-        requirements.check(adapter)
+        with opened(path, requirements.limits, store) as folder:
+            adapter = load_adapter(folder, limits=requirements.limits)
+            requirements.check(adapter)
     except AdapterError as error:
-        error.where = error.where or f"adapter {folder}"
+        if error.where is None or path.is_file():  # where it was unpacked means nothing to anybody
+            error.where = f"adapter {path}"
         raise
     return AdapterStore(store).add(adapter)
 
@@ -75,7 +78,10 @@ def ingest_composed(
 
 
 class Ingester:
-    """`ingest`, `ingest_derived` and `ingest_composed` in a reader process, one at a time. Thread-safe; all block."""
+    """`ingest`, `ingest_derived` and `ingest_composed` in a reader process, one at a time. Thread-safe; all block.
+
+    Linux ends the reader with the thread that started it: use threads that live as long as the server.
+    """
 
     def __init__(self, store: AdapterStore, requirements: Requirements, timeout_s: float = READ_TIMEOUT_S) -> None:
         self._store, self._requirements, self._timeout_s = store, requirements, timeout_s
@@ -158,5 +164,9 @@ def release_memory() -> None:
 
 def _killed(folder: Path, got: str) -> UnreadableFileError:
     return UnreadableFileError(
-        f"adapter {folder}", got=got, expected="files that can be read", fix="check the files; they may be damaged"
+        "files",
+        got=got,
+        expected="files that can be read",
+        fix="check them; they may be damaged",
+        where=f"adapter {folder}",
     )

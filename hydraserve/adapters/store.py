@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -127,10 +128,10 @@ class AdapterStore:
                 yield path.stem
 
     def sweep(self, keep: set[str]) -> None:
-        """Remove unfinished files and all adapters but those in `keep`. Only for the one owner of the store."""
+        """Remove what is unfinished and all adapters but those in `keep`. Only for the one owner of the store."""
         for part in self.root.glob(".*.part"):
             with contextlib.suppress(OSError):
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
         for digest in set(self.digests()) - keep:
             self.remove(digest)
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
     from hydraserve.models import base_shapes, check_fits, resolve_model
 
     summaries = [inspect_adapter(source.path) for source in config.adapters]
+    if config.adapter_dir is not None:
+        config = with_room_for(config, config.adapter_dir, summaries)
     model = resolve_model(config.model)
     shapes = base_shapes(model)
     for summary in summaries:
@@ -214,6 +217,33 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     )
 
 
+def with_room_for(config: ServeConfig, directory: Path, given: Sequence[AdapterSummary]) -> ServeConfig:
+    """`config` with slots that take the adapters of --adapter-dir. Only their headers are read.
+
+    Raises ConfigError when there is no such folder.
+    """
+    from hydraserve.adapters.checkpoint import inspect_adapter
+    from hydraserve.errors import AdapterError
+
+    if not directory.is_dir():
+        raise ConfigError(what="--adapter-dir", got=str(directory), expected="a folder", fix="make it")
+    sizes, targets = [(summary.rank, summary.heads) for summary in given], set(config.target_modules or ())
+    for path in sorted(directory.iterdir()):
+        try:
+            summary = inspect_adapter(path)
+        except AdapterError:  # told when the server tries to load it
+            continue
+        sizes.append((summary.rank, summary.heads))
+        targets |= set(summary.targets)
+    return replace(
+        config,
+        slots=config.slots or DEFAULT_SLOTS,
+        max_rank=config.max_rank or max([DEFAULT_MAX_RANK, *(rank for rank, _ in sizes)]),
+        max_heads=config.max_heads or max([DEFAULT_MAX_HEADS, *(heads for _, heads in sizes)]),
+        target_modules=tuple(sorted(targets)) or None,
+    )
+
+
 def server_settings(
     args: argparse.Namespace, config: ServeConfig, shapes: Mapping[str, tuple[int, int]], parsed: argparse.Namespace
 ) -> ServerSettings:
@@ -225,12 +255,12 @@ def server_settings(
 
     given = list(parsed.api_key or [])
     parsed.api_key = None
-    from_environment = take_secret("VLLM_API_KEY")
+    from_environment = [take_secret(name) for name in ("HYDRASERVE_API_KEY", "VLLM_API_KEY")]
     admin_from_environment = take_secret("HYDRASERVE_ADMIN_API_KEY")
     settings = ServerSettings(
         adapters=config.adapters,
         base_shapes=shapes,
-        api_keys=tuple(given or filter(None, [from_environment])),
+        api_keys=tuple(given or filter(None, from_environment)),
         admin_key=args.admin_api_key or admin_from_environment,
         key_file=config.key_file,
         allow_sources=config.allow_sources,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hydraserve.adapters.compose import Recipe, router_folder
 from hydraserve.adapters.ingest import Ingester
-from hydraserve.adapters.sources import Progress, SourcePolicy, fetch
+from hydraserve.adapters.sources import DownloadCache, Progress, SourcePolicy, fetch, without_secrets
 from hydraserve.adapters.store import AdapterStore, StoredAdapter
 from hydraserve.errors import AdapterConflictError, HydraServeError
 
@@ -30,12 +30,15 @@ class Read:
 class AdapterReader:
     """Brings adapters into the store, and takes them out when nothing needs them any more.
 
-    scratch: a folder for downloads.
-    in_use:  whether content of this digest is served; set by whoever serves it.
+    scratch:   a folder for downloads that are under way.
+    downloads: keeps those that have ended.
+    in_use:    whether content of this digest is served; set by whoever serves it.
     """
 
-    def __init__(self, store: AdapterStore, ingester: Ingester, policy: SourcePolicy, scratch: Path) -> None:
-        self.policy = policy
+    def __init__(
+        self, store: AdapterStore, ingester: Ingester, policy: SourcePolicy, scratch: Path, downloads: DownloadCache
+    ) -> None:
+        self.policy, self._downloads = policy, downloads
         self.in_use: Callable[[str], bool] = set[str]().__contains__  # nothing is
         self._store, self._ingester, self._scratch = store, ingester, scratch
         self._lock = asyncio.Lock()  # content must not be taken out between being found there and being counted here
@@ -60,7 +63,7 @@ class AdapterReader:
                     what="content",
                     got=f"digest {stored.digest}",
                     expected=f"digest {digest}",
-                    where=f"adapter {source}",
+                    where=f"adapter {without_secrets(source)}",
                 )
             yield Read(stored, time.monotonic() - started)
         finally:
@@ -103,7 +106,7 @@ class AdapterReader:
     async def _fetch_and_read(self, source: str, progress: Progress, trusted: bool) -> StoredAdapter:
         scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch))
         try:
-            folder = Path(source) if trusted else await asyncio.to_thread(fetch, source, self.policy, scratch, progress)
+            folder = Path(source) if trusted else await asyncio.to_thread(self._fetch, source, scratch, progress)
             async with self._lock:
                 stored = await asyncio.to_thread(self._ingester.read, folder)
                 self._reading[stored.digest] += 1
@@ -111,7 +114,10 @@ class AdapterReader:
         except HydraServeError as error:
             # A folder of ours means nothing to whoever asked for the source.
             if error.where is None or str(scratch) in error.where:
-                error.where = f"adapter {source}"
+                error.where = f"adapter {without_secrets(source)}"
             raise
         finally:
             await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+
+    def _fetch(self, source: str, scratch: Path, progress: Progress) -> Path:
+        return fetch(source, self.policy, scratch, progress, self._downloads)

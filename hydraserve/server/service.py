@@ -117,7 +117,13 @@ class AdapterService:
         self.registry.put(AdapterEntry(name, source, origin))
 
     async def replace(
-        self, name: str, source: str | None = None, *, pin: bool | None = None, digest: str | None = None
+        self,
+        name: str,
+        source: str | None = None,
+        *,
+        pin: bool | None = None,
+        digest: str | None = None,
+        origin: Origin = Origin.API,
     ) -> tuple[AdapterEntry, bool]:
         """Read an adapter again, or from another source, and serve new requests with that; (entry, whether new).
 
@@ -131,21 +137,24 @@ class AdapterService:
             return await self.add(name, source, pin=bool(pin), digest=digest)
         async with self._lock(name):
             entry = self.registry.get(name)
+            if source is not None:
+                self._refuse_directory(entry, origin)
             await self._read(entry, source or entry.source, digest)
             if pin is not None:
                 await self._set_pinned(entry, pin)
             return entry, False
 
-    async def remove(self, name: str, *, force: bool = False, wait: bool = True) -> None:
+    async def remove(self, name: str, *, force: bool = False, wait: bool = True, origin: Origin = Origin.API) -> None:
         """Stop serving an adapter, and free all it took once its requests have ended.
 
         force: end them now; their clients get what was generated so far.
         wait:  return only then.
 
-        Raises UnknownAdapterError.
+        Raises UnknownAdapterError, and AdapterConflictError for an adapter that `origin` cannot take away.
         """
         async with self._lock(name):
             entry = self.registry.get(name)
+            self._refuse_directory(entry, origin)
             if entry.pinned:
                 await self._set_pinned(entry, False)
             served = self._forget(entry)
@@ -407,11 +416,21 @@ class AdapterService:
                 what="name", got=f"{name!r}, the base model's", expected="another name", fix="choose another name"
             )
 
+    def _refuse_directory(self, entry: AdapterEntry, origin: Origin) -> None:
+        """What a directory wishes is changed there: taken away here, it would be back with the next start."""
+        if entry.origin is Origin.DIRECTORY and origin is not Origin.DIRECTORY:
+            raise AdapterConflictError(
+                what="adapter",
+                got=f"{entry.name!r}, which comes from --adapter-dir",
+                expected="an adapter that was loaded at run time",
+                fix="change or remove its folder there",
+            )
+
     def _refuse_other_source(self, entry: AdapterEntry, source: str) -> None:
         if entry.source != source:
             raise AdapterConflictError(
                 what="adapter",
-                got=f"{entry.name!r}, which is served from {entry.source}",
+                got=f"{entry.name!r}, which is served from {without_secrets(entry.source)}",
                 expected="a name that is free",
                 fix="choose another name, or replace the adapter (PUT)",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 from hydraserve.adapters.ingest import Ingester
@@ -11,10 +12,11 @@ from hydraserve.adapters.registry import Journal, Origin, Registry
 from hydraserve.adapters.requirements import Requirements
 from hydraserve.adapters.runtime import AdapterRuntime
 from hydraserve.adapters.scratch import ScratchFolder
-from hydraserve.adapters.sources import SourcePolicy
+from hydraserve.adapters.sources import DownloadCache, SourcePolicy
 from hydraserve.adapters.store import AdapterStore
 from hydraserve.config import ServerSettings, cache_dir
 from hydraserve.server.admission import Admission
+from hydraserve.server.directory import AdapterDirectory
 from hydraserve.server.host_cache import HostCache
 from hydraserve.server.reader import AdapterReader
 from hydraserve.server.served import VisibleAdapters, name_of
@@ -47,8 +49,10 @@ class AdapterServer:
         registry = Registry(self._journal)
         if self._journal is None or self._journal.set_aside is None:  # what an unreadable journal needs is kept with it
             store.sweep({entry.version.digest for entry in registry if entry.version is not None})
-        policy = SourcePolicy.of(settings.allow_sources)
-        reader = AdapterReader(store, self._ingester, policy, self._scratch.path)
+        directory = [str(settings.adapter_dir)] if settings.adapter_dir else []
+        policy = SourcePolicy.of([*settings.allow_sources, *directory])
+        downloads = DownloadCache(cache_dir() / "downloads")
+        reader = AdapterReader(store, self._ingester, policy, self._scratch.path, downloads)
         cache = HostCache(runtime, sizes.host_adapters)
         taken = [path.name for path in models.base_model_paths]
         service = AdapterService(runtime, registry, reader, cache, sizes.slots, taken)
@@ -56,8 +60,15 @@ class AdapterServer:
         for source in settings.adapters:
             await service.claim(source.name, str(source.path), Origin.COMMAND_LINE)
         await service.restore()
+        if settings.adapter_dir is not None:
+            self._follow(service, settings.adapter_dir)
         runtime.publish(models, VisibleAdapters(service.current), name_of)
         runtime.hooks = Admission(service)
+
+    def _follow(self, service: AdapterService, folder: Path) -> None:
+        directory = AdapterDirectory(service, folder)
+        directory.register()
+        service.spawn(directory.watch())
 
     async def close(self) -> None:
         """End what runs beside the requests, and remove what is not to be kept."""

@@ -60,7 +60,10 @@ class SourcePolicy:
         """The real path of something below an allowed folder. Raises SourceForbiddenError."""
         if ".." in path.parts:
             raise self._forbidden(f"{path}, with '..' in it")
-        real = path.expanduser().resolve()
+        try:
+            real = path.expanduser().resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, links in a circle
+            raise self._forbidden(f"{path}: {error}") from error
         if not any(real.is_relative_to(root) for root in self.roots):
             raise self._forbidden(str(path) if real == path else f"{path}, which is {real}")
         return real
