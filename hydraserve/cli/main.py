@@ -13,7 +13,7 @@ from hydraserve.errors import ConfigError, HydraServeError
 
 # Name -> module under hydraserve.cli, imported when it is called for. Each has HELP, add_arguments(parser)
 # and run(args) -> exit code.
-COMMANDS = ("serve", "models", "route", "bench", "plan", "inspect", "convert", "train", "heads", "analyze")
+COMMANDS = ("serve", "models", "adapters", "route", "bench", "plan", "inspect", "convert", "train", "heads", "analyze")
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
