@@ -1,0 +1,248 @@
+"""The life of an adapter, and of requests that use it, over an engine that only keeps books."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from fake_runtime import FakeRuntime, MakeService
+
+from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.registry import Origin
+from hydraserve.adapters.store import AdapterStore
+from hydraserve.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    SourceForbiddenError,
+    UnknownAdapterError,
+    UnreadableFileError,
+)
+from hydraserve.server.admission import Admission
+from hydraserve.server.keys import Principal
+from hydraserve.server.served import RequestScope, VisibleAdapters, current_scope
+from hydraserve.server.service import AdapterService
+
+Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
+Run = Callable[[Test], None]
+
+
+@pytest.fixture
+def run(make_service: MakeService, versions: list[Path]) -> Run:
+    """Run a test with a service of 2 slots and 3 places in host memory."""
+
+    def run(test: Test) -> None:
+        async def whole() -> None:
+            runtime = FakeRuntime(slots=2, host_adapters=3)
+            service = make_service(runtime, versions[0].parent)
+            await test(service, runtime)
+            await service.close()
+
+        asyncio.run(asyncio.wait_for(whole(), 60))
+
+    return run
+
+
+def digest(path: Path) -> str:
+    return load_adapter(path).digest
+
+
+def test_adding_is_idempotent_and_names_are_taken_once(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        entry, is_new = await service.add("a", str(versions[0]))
+        assert (is_new, entry.version and entry.version.digest) == (True, digest(versions[0]))
+        assert await service.add("a", str(versions[0])) == (entry, False)
+        with pytest.raises(AdapterConflictError, match="replace"):
+            await service.add("a", str(versions[1]))
+        with pytest.raises(AdapterConflictError, match="base model"):
+            await service.add("base", str(versions[1]))
+        both = await asyncio.gather(*(service.add("b", str(versions[1])) for _ in range(2)))
+        assert sorted(is_new for _, is_new in both) == [False, True]
+        assert list(runtime.host.values()) == [digest(versions[0]), digest(versions[1])]
+
+    run(test)
+
+
+def test_what_fails_leaves_nothing(run: Run, versions: list[Path], store: AdapterStore, tmp_path: Path) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        before = set(store.digests())
+        with pytest.raises(AdapterNotFoundError):
+            await service.add("a", str(versions[0].parent / "missing"))
+        with pytest.raises(SourceForbiddenError):
+            await service.add("a", str(tmp_path))
+        with pytest.raises(AdapterConflictError, match="digest"):
+            await service.add("a", str(versions[0]), digest="0" * 64)
+        runtime.failing[digest(versions[0])] = UnreadableFileError("x", got="damage")
+        with pytest.raises(UnreadableFileError):
+            await service.add("a", str(versions[0]))
+        assert (len(service.registry), service.current, runtime.host) == (0, {}, {})
+        assert set(store.digests()) <= before
+
+    run(test)
+
+
+def test_a_replacement_that_fails_changes_nothing(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        with pytest.raises(AdapterNotFoundError):
+            await service.replace("a", str(versions[0].parent / "missing"))
+        entry = service.registry.get("a")
+        assert entry.source == str(versions[0])
+        assert list(runtime.host.values()) == [digest(versions[0])]
+        assert service.current["a"].stored.digest == digest(versions[0])
+        assert entry.failure is not None
+        await service.replace("a", str(versions[1]))
+        assert (entry.source, entry.failure) == (str(versions[1]), None)
+
+    run(test)
+
+
+def test_old_content_goes_when_its_last_request_has_ended(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        admission = Admission(service)
+        await service.add("a", str(versions[0]))
+        old = service.current["a"]
+        async with admission.admit(old.adapter_id, old.label, "r1"):
+            await service.replace("a", str(versions[1]))
+            new = service.current["a"]
+            async with admission.admit(new.adapter_id, new.label, "r2"):
+                assert set(runtime.host.values()) == {digest(versions[0]), digest(versions[1])}
+            assert runtime.evicted == []
+        while runtime.evicted != [old.label]:
+            await asyncio.sleep(0)
+        while set(runtime.host.values()) != {digest(versions[1])}:
+            await asyncio.sleep(0)
+
+    run(test)
+
+
+def test_removal_waits_or_aborts(run: Run, versions: list[Path], store: AdapterStore) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        admission = Admission(service)
+        for force in (False, True):
+            await service.add("a", str(versions[2]))
+            served = service.current["a"]
+            async with admission.admit(served.adapter_id, served.label, f"r-{force}"):
+                removing = asyncio.create_task(service.remove("a", force=force))
+                while service.registry.find("a") is not None:
+                    await asyncio.sleep(0)
+                assert not removing.done()
+                assert "a" not in VisibleAdapters(service.current)
+            await removing
+            assert runtime.host == {}
+            assert digest(versions[2]) not in set(store.digests())
+        assert runtime.aborted == ["r-True"]
+        with pytest.raises(UnknownAdapterError):
+            await service.remove("a")
+
+    run(test)
+
+
+def test_a_request_that_waited_while_its_adapter_was_taken_away_is_refused(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        admission = Admission(service)
+        for i in range(3):
+            await service.add(f"a{i}", str(versions[i]))
+        holds = []
+        for i in range(2):  # both slots
+            served = service.current[f"a{i}"]
+            holds.append(admission.admit(served.adapter_id, served.label, f"r{i}"))
+            await holds[-1].__aenter__()
+        last = service.current["a2"]
+
+        async def ask() -> None:
+            async with admission.admit(last.adapter_id, last.label, "late"):
+                raise AssertionError("must not be let in")
+
+        waiting = asyncio.create_task(ask())
+        while not service.turnstile.waiting(last.stored.digest):
+            await asyncio.sleep(0)
+        removing = asyncio.create_task(service.remove("a2", force=True))
+        while not last.removed:
+            await asyncio.sleep(0)
+        await holds[0].__aexit__(None, None, None)
+        with pytest.raises(UnknownAdapterError):
+            await waiting
+        await removing
+        await holds[1].__aexit__(None, None, None)
+        assert (service.turnstile.active, len(runtime.host)) == (0, 2)
+
+    run(test)
+
+
+def test_names_under_one_content_share_it(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        await service.add("b", str(versions[0]))
+        assert list(runtime.host.values()) == [digest(versions[0])]
+        await service.remove("a")
+        assert list(runtime.host.values()) == [digest(versions[0])], "the other name still needs it"
+        await service.remove("b")
+        assert runtime.host == {}
+
+    run(test)
+
+
+def test_pins(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]), pin=True)
+        await service.add("b", str(versions[1]))
+        with pytest.raises(AdapterConflictError, match="slots"):
+            await service.pin("b", True)
+        first = service.current["a"].adapter_id
+        await service.replace("a", str(versions[2]))
+        assert service.registry.get("a").pinned
+        assert runtime.pinned == {service.current["a"].adapter_id} != {first}
+        await service.pin("a", False)
+        await service.pin("a", False)
+        assert runtime.pinned == set()
+        await service.pin("b", True)
+        await service.remove("b")
+        assert runtime.pinned == set()
+
+    run(test)
+
+
+def test_registered_adapters_are_read_when_asked_for(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        service.register("a", str(versions[0]), Origin.DIRECTORY)
+        service.register("bad", str(versions[0].parent / "missing"), Origin.DIRECTORY)
+        assert runtime.loads == []
+        await service.ready("nobody's")
+        await asyncio.gather(*(service.ready("a") for _ in range(5)))
+        assert runtime.loads == [digest(versions[0])]
+        errors = []
+        for _ in range(2):
+            with pytest.raises(AdapterNotFoundError) as caught:
+                await service.ready("bad")
+            errors.append(caught.value)
+        assert errors[0] is errors[1], "not tried again at once"
+
+    run(test)
+
+
+def test_tenants(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        admission = Admission(service)
+        await service.add("a-1", str(versions[0]))
+        await service.add("b-1", str(versions[1]))
+        visible = VisibleAdapters(service.current)
+        assert len(runtime.host) == 2
+        assert (set(visible), admission.cache_salt()) == ({"a-1", "b-1"}, None)
+        salts = []
+        for name in ("a", "b"):
+            token = current_scope.set(RequestScope(Principal(name, adapters=(f"{name}-*",), isolated=True)))
+            assert set(visible) == {f"{name}-1"}
+            other = "b-1" if name == "a" else "a-1"
+            assert other not in visible
+            with pytest.raises(KeyError):
+                visible[other]
+            salts.append(admission.cache_salt())
+            current_scope.reset(token)
+        assert len({None, *salts}) == 3
+        token = current_scope.set(RequestScope(Principal("open")))
+        assert admission.cache_salt() is None
+        current_scope.reset(token)
+
+    run(test)
