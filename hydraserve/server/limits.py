@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import re
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +20,7 @@ MAX_NESTING = 100
 # Without another byte of the body.
 BODY_PAUSE_S = 30.0
 
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -45,6 +48,7 @@ class LimitMiddleware:
                 return
             check_text(Headers(scope=scope), body)
             check_nesting(body)
+            check_integers(body)
             if not counts:
                 await self._app(scope, _replay(body, receive), send)
                 return
@@ -111,6 +115,19 @@ def check_nesting(body: bytes) -> None:
             raise InvalidRequestError(
                 "body", got=f"JSON of more than {MAX_NESTING} levels", expected="fewer", fix="send flatter JSON"
             )
+
+
+def check_integers(body: bytes) -> None:
+    """Raises InvalidRequestError for integers of more than 64 bits, which what the engine is sent cannot hold."""
+    if _LONG_NUMBER.search(body) is not None:
+        with contextlib.suppress(ValueError):  # no JSON
+            json.loads(body, parse_int=_parse_integer)
+
+
+def _parse_integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise InvalidRequestError("body", got=f"the number {text[:30]}...", expected="integers of 64 bits")
+    return int(text)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from hydraserve.errors import InvalidRequestError
-from hydraserve.server.limits import MAX_NESTING, LimitMiddleware, check_nesting
+from hydraserve.server.limits import MAX_NESTING, LimitMiddleware, check_integers, check_nesting
 from hydraserve.server.traffic import Traffic
 
 PATH = "/v1/completions"
@@ -120,3 +120,21 @@ def test_nesting_is_limited(opening: bytes) -> None:
 def test_brackets_in_strings_and_side_by_side_are_no_nesting() -> None:
     flat = [{"text": "[[[{{{" * 50 + '\\"' * 5, "list": []}] * 200
     check_nesting(json.dumps(flat).encode())
+
+
+def test_integers_have_64_bits() -> None:
+    for number in (2**63 - 1, -(2**63), 1.5e300):
+        check_integers(json.dumps({"seed": number, "user": "9" * 40}).encode())
+    for text in (str(2**63), str(-(2**63) - 1), "9" * 5000):
+        with pytest.raises(InvalidRequestError, match="64 bits"):
+            check_integers(b'{"seed": [' + text.encode() + b"]}")
+
+
+def test_json_that_is_not_utf_8_is_refused() -> None:
+    async def run() -> None:
+        app = App()
+        answer = await app.http.post(PATH, content=b'"\xff"', headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert "0xff" in answer.json()["error"]["message"]
+
+    asyncio.run(run())
