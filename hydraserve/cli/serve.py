@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 HELP = "serve a base model and its adapters over an OpenAI-compatible API (the default command)"
 WORKER_EXTENSION = "hydraserve.engine.worker.HydraWorkerExtension"
 PASSES_THROUGH = True  # flags that are not ours go to vLLM
-LARGEST_BATCH = 1024  # requests that engines compute at once, by vLLM's defaults
 AT_LEAST_ONE = (
     *("slots", "max_adapters", "max_rank", "max_heads", "router_metrics_every", "metrics_adapters"),
     *("max_queued_requests", "max_body_mib"),
@@ -168,9 +167,6 @@ def run(args: argparse.Namespace) -> int:
     print_summary(config, model, summaries, plan)
     parsed = launch.parse(engine_arguments(config, model, plan, passthrough))
     parsed.hydraserve = server_settings(args, config, shapes, parsed)
-    if parsed.max_num_queued_reqs is None:
-        # One HTTP request may hold thousands of prompts: vLLM counts them, when it has read them.
-        parsed.max_num_queued_reqs = LARGEST_BATCH + args.max_queued_requests
     launch.run(parsed)
     return 0
 

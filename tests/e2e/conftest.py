@@ -7,6 +7,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from adapter_client import write_adapters
 
 from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
@@ -57,3 +58,33 @@ def server(
 @pytest.fixture(scope="session")
 def client(server: ServerProcess) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Random adapters for the tiny Llama: different in content, rank and number of heads."""
+    return write_adapters(tiny_llama, tmp_path_factory.mktemp("tiny-adapters"), 8)
+
+
+@pytest.fixture(scope="session")
+def unreadable_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder whose file is damaged: what `tiny_server` starts with."""
+    folder = tmp_path_factory.mktemp("state")
+    (folder / "adapters.sqlite").write_bytes(b"no database, but somebody's file " * 200)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_server(
+    tiny_llama: Path, tiny_adapters: list[Path], unreadable_state: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server for tests that put it under load, feed it nonsense or make its disk fail; it has to survive them all."""
+    arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
+    arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--slots", "4", "--max-adapters", "8"]
+    arguments += ["--max-rank", "8", "--max-heads", "4", "--max-queued-requests", "100", "--max-body-mib", "1"]
+    arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
+    for name, path in zip(("first", "second"), tiny_adapters, strict=False):
+        arguments += ["--adapter", f"{name}={path}"]
+    log = tmp_path_factory.mktemp("tiny-server") / "server.log"
+    with ServerProcess(arguments, log, ENGINE_ENV) as process:
+        yield process

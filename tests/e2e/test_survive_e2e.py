@@ -1,0 +1,247 @@
+"""What clients, disks and clocks do to a server, and how it ends. Each fault with a real process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from adapter_client import AdapterClient, completion, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+from raw_client import ask, connect, post_json, read_all
+
+from hydraserve.bench.process import ServerProcess
+from hydraserve.bench.usage import memory, session_processes
+
+PROMPT = range(5, 45)
+AT_ONCE, QUEUED = 8, 100  # of tiny_server
+LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+
+
+@pytest.fixture
+def client(tiny_server: ServerProcess) -> Iterator[AdapterClient]:
+    client = AdapterClient(tiny_server.url)
+    yield client
+    client.http.close()
+    assert tiny_server.process is not None
+    assert tiny_server.process.poll() is None
+
+
+def metric(client: AdapterClient, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    families = text_string_to_metric_families(client.http.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(s.value for s in samples if all(s.labels.get(key) == value for key, value in labels.items()))
+
+
+def is_idle(client: AdapterClient) -> bool:
+    return metric(client, "vllm:num_requests_running") + metric(client, "vllm:num_requests_waiting") == 0
+
+
+def test_an_unreadable_state_is_kept_and_the_server_starts(tiny_server: ServerProcess, unreadable_state: Path) -> None:
+    (kept,) = unreadable_state.glob("adapters.sqlite.unreadable-*")
+    assert kept.read_bytes() == b"no database, but somebody's file " * 200
+    assert str(kept) in tiny_server.log.read_text()
+
+
+def test_a_server_in_service_is_healthy_and_ready(client: AdapterClient) -> None:
+    assert client.http.get("/health").status_code == 200
+    answer = client.http.get("/ready")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+
+
+def test_slow_readers_hold_up_nobody_and_miss_nothing(tiny_server: ServerProcess, client: AdapterClient) -> None:
+    tokens = 200
+    body = completion("first", PROMPT, tokens, stream=True, n=2, temperature=1, logprobs=5)
+    connections = [connect(tiny_server.url, receive_buffer=2048) for _ in range(AT_ONCE)]
+    for connection in connections:
+        connection.sendall(post_json(body, headers="Connection: close\r\n"))
+    assert client.complete("second", PROMPT, 8).status == 200
+    wait_for(lambda: is_idle(client), "the engine finishes although nobody reads", 60)
+    for connection in connections:
+        answer = read_all(connection)
+        assert answer.count(b'"finish_reason":"length"') == 2
+        assert b"data: [DONE]" in answer
+        connection.close()
+
+
+def test_half_requests_take_no_place(tiny_server: ServerProcess, client: AdapterClient) -> None:
+    whole = post_json(completion("first", PROMPT, 2))
+    pieces = [b"", b"POST /v1/comp", whole[: whole.index(b"\r\n\r\n")], whole[: whole.index(b"\r\n\r\n") + 30]]
+    half_open = [connect(tiny_server.url) for _ in range(4 * (AT_ONCE + QUEUED))]
+    for i, connection in enumerate(half_open):
+        connection.sendall(pieces[i % len(pieces)])
+    assert client.complete("first", PROMPT, 2).status == 200
+    assert metric(client, "vllm:num_requests_running") == 0
+    for connection in half_open:
+        connection.close()
+
+
+def test_ten_thousand_requests_at_once_are_answered_or_refused(
+    tiny_server: ServerProcess, client: AdapterClient
+) -> None:
+    count = 10_000
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count + 500:
+        pytest.skip(f"this process may open {hard} files, {count} connections need more")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert tiny_server.process is not None
+    before = memory(tiny_server.process.pid).pss
+
+    async def flood() -> list[tuple[int, str]]:
+        start = asyncio.Event()
+        requests = [post_json(completion(("first", "second", "tiny")[i % 3], PROMPT, 4)) for i in range(3)]
+        asks = [asyncio.create_task(ask(tiny_server.url, requests[i % 3], start)) for i in range(count)]
+        start.set()
+        return [(answer.status, answer.headers.get("retry-after", "")) for answer in await asyncio.gather(*asks)]
+
+    answers = asyncio.run(flood())
+    statuses = Counter(status for status, _ in answers)
+    assert set(statuses) == {200, 503}
+    assert statuses[200] >= AT_ONCE + QUEUED
+    assert all(1 <= int(wait) <= 60 for status, wait in answers if status == 503)
+    grown = memory(tiny_server.process.pid).pss - before
+    assert grown < 256 << 20, f"{grown / 2**20:.0f} MiB more"
+    wait_for(lambda: is_idle(client), "everything is answered")
+    assert client.http.get("/ready").status_code == 200
+    assert client.complete("first", PROMPT, 4).status == 200
+
+
+@contextlib.contextmanager
+def full_disk(processes: list[int], limit: int) -> Iterator[None]:
+    """No file of these processes may grow beyond `limit` bytes; writing more fails as on a full disk."""
+    old = [resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)) for pid in processes]
+    try:
+        yield
+    finally:
+        for pid, was in zip(processes, old, strict=True):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, was)
+
+
+def test_a_full_disk_fails_one_load_and_nothing_else(
+    tiny_server: ServerProcess, client: AdapterClient, tiny_adapters: list[Path]
+) -> None:
+    assert tiny_server.process is not None
+    expected = client.complete("first", PROMPT, 8).tokens
+    with full_disk(session_processes(tiny_server.process.pid), limit=20_000):
+        answer = client.http.post("/v1/adapters", json={"name": "late", "source": str(tiny_adapters[5])})
+        assert answer.status_code == 507, answer.text
+        assert "make room" in answer.json()["error"]["message"]
+        assert client.complete("first", PROMPT, 8).tokens == expected
+        assert client.http.get("/ready").status_code == 200
+    assert client.http.get("/v1/adapters/late").status_code == 404
+    client.add("late", tiny_adapters[5])
+    assert client.complete("late", PROMPT, 8).status == 200
+    client.remove("late")
+
+
+class Stream(threading.Thread):
+    """A stream that is read beside the test. pieces: what came; error: how the connection ended, if not well."""
+
+    def __init__(self, url: str, model: str, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.url, self.body = url, completion(model, PROMPT, tokens, stream=True)
+        self.pieces: list[str] = []
+        self.error: Exception | None = None
+        self.running = threading.Event()
+        self.start()
+        assert self.running.wait(60)
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=60) as response:
+                for line in response.iter_lines():
+                    if line.startswith("data: "):
+                        self.pieces.append(line[6:])
+                        self.running.set()
+        except httpx.HTTPError as error:
+            self.error = error
+
+
+@pytest.fixture(scope="module")
+def state_arguments(tiny_llama: Path, tiny_adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
+    arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--max-rank", "8", "--max-heads", "4"]
+    arguments += ["--slots", "4", "--allow-source", str(tiny_adapters[0].parent), "--shutdown-timeout", "20"]
+    return [*arguments, "--state-dir", str(tmp_path_factory.mktemp("kept-state"))]
+
+
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def engine_process(leader: int) -> int:
+    """The process that runs the model."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in session_processes(leader)}
+    return next(pid for pid, name in names.items() if name.startswith("VLLM::EngineCor"))
+
+
+def test_clock_jumps_then_a_dead_engine_then_a_restart_then_a_drain(
+    state_arguments: list[str], tiny_adapters: list[Path], tmp_path: Path
+) -> None:
+    """One server after the other, because each start takes half a minute."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    faked = {"LD_PRELOAD": str(LIBFAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    faked["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"  # as the kernel does when somebody sets the clock
+    can_fake = LIBFAKETIME.exists()  # Debian's package libfaketime; without it only the rest is tested
+    server = ServerProcess(state_arguments, tmp_path / "log", {**ENV, **(faked if can_fake else {})})
+    with server:
+        client = AdapterClient(server.url)
+        version = client.add("kept", tiny_adapters[0])["version"]
+        tokens = client.complete("kept", PROMPT, 12).tokens
+        for jump in ("+400d", "-400d", "+0") if can_fake else ():
+            running = Stream(server.url, "kept", 100)
+            clock.write_text(jump)
+            answer = client.complete("kept", PROMPT, 12)
+            assert (answer.status, answer.tokens) == (200, tokens), jump
+            running.join(60)
+            assert running.pieces[-1] == "[DONE]", jump
+        durations = metric(client, "hydraserve_adapter_request_duration_seconds_sum")
+        assert 0 < durations < 600, "a jump of the clock is no duration"
+
+        running = Stream(server.url, "kept", 460)
+        assert server.process is not None
+        os.kill(engine_process(server.process.pid), signal.SIGKILL)
+        running.join(30)
+        assert not running.is_alive(), "a client of a dead engine must not hang"
+        assert running.error is not None or "error" in running.pieces[-2] + running.pieces[-1]
+        assert '"finish_reason":"length"' not in "".join(running.pieces)
+        assert server.process.wait(60) == 1
+        assert "error: engine: got a process of it that ended" in server.log.read_text()
+
+    again = ServerProcess(state_arguments, tmp_path / "log-2", ENV)
+    with again:
+        client = AdapterClient(again.url)
+        assert client.get("kept")["version"] == version
+        assert client.complete("kept", PROMPT, 12).tokens == tokens
+        check_drain(again, client)
+
+
+def check_drain(server: ServerProcess, client: AdapterClient) -> None:
+    """SIGTERM: what runs is finished, new requests are refused, the status is 0."""
+    running = Stream(server.url, "kept", 460)
+    stuck = connect(server.url, receive_buffer=2048)  # a client that never reads does not hold up the end
+    stuck.sendall(post_json(completion("tiny", PROMPT, 200, stream=True, logprobs=5)))
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: client.http.get("/ready").status_code == 503, "draining", 5)
+    assert client.http.get("/ready").json()["reason"] == "draining"
+    assert client.http.get("/health").status_code == 200
+    refused = client.http.post("/v1/completions", json=completion("kept", PROMPT, 2))
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    running.join(60)
+    assert running.pieces[-1] == "[DONE]"
+    assert sum('"finish_reason":"length"' in piece for piece in running.pieces) == 1
+    started = time.monotonic()
+    assert server.process.wait(40) == 0
+    assert time.monotonic() - started < 30
+    stuck.close()
