@@ -41,11 +41,14 @@ def synthetic_adapters(demo_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def server(
-    demo_model: Path, synthetic_adapters: dict[str, Path], oracle: Path, tmp_path_factory: pytest.TempPathFactory
+    demo_model: Path,
+    synthetic_adapters: dict[str, Path],
+    trained_adapter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    """One float32 server on the demo base: all synthetic adapters, and the authors' own under the name "oracle"."""
+    """One float32 server on the demo base: all synthetic adapters, and a trained one under the name "oracle"."""
     adapters = [f"{name}={path}" for name, path in synthetic_adapters.items()]
-    adapters.append(f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}")
+    adapters.append(f"oracle={trained_adapter}")
     arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
