@@ -206,7 +206,7 @@ def as_server_sees(source: str | None) -> str | None:
     """A path of this machine made absolute: the server may have been started in another folder."""
     if source is None or "://" in source:
         return source
-    return str(Path(source).expanduser().absolute())
+    return str(Path(source).expanduser().resolve())
 
 
 @contextmanager

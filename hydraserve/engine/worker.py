@@ -90,6 +90,8 @@ class HydraWorkerExtension(RoutingCalls):
         """Begin to load a stored adapter; `hydra_finish_loads` says when it is there."""
         self.hydra_adapters.loader.start(adapter_id, path, digest)
 
+    # What a step has put into a slot may only be changed in the mode in which the step ran.
+    @torch.inference_mode()
     def hydra_finish_loads(self) -> list[tuple[int, list[str | None] | None]]:
         """(id, None or the error's name and arguments) of each load that has ended; those without error are then
         in host memory."""
@@ -101,10 +103,12 @@ class HydraWorkerExtension(RoutingCalls):
         self.hydra_adapters.keep(outcome)
         return None
 
+    @torch.inference_mode()
     def hydra_unload(self, adapter_id: int) -> None:
         """Empty the adapter's slot and free its host memory."""
         self.hydra_adapters.unload(adapter_id)
 
+    @torch.inference_mode()
     def hydra_pin(self, adapter_id: int, pinned: bool) -> None:
         """Put an adapter in host memory into a slot for good, or let it go."""
         self.hydra_adapters.pin(adapter_id, pinned)

@@ -79,6 +79,14 @@ def test_a_folder_over_http_is_fetched_with_progress(http: tuple[str, Any], adap
     assert (get.progress.done, get.progress.total) == (size, size)
 
 
+def test_a_folder_with_safetensors_is_no_archive(tmp_path: Path, get: Any) -> None:
+    plain = tmp_path / "www" / "plain"
+    save_adapter(make_adapter(SHAPES, ("q_proj",), 4, 1, seed=1), plain)
+    assert (plain / "adapter_model.safetensors").is_file()
+    with serving(FileHandler, plain.parent) as (url, _):
+        assert same(get(f"{url}/plain"), plain)
+
+
 def test_what_was_fetched_before_is_not_fetched_again_until_it_changes(adapter: Path, tmp_path: Path, get: Any) -> None:
     root = tmp_path / "www"
     save_adapter(load_adapter(adapter), root / "sql")

@@ -73,7 +73,7 @@ def fetch_remote(source: str, policy: SourcePolicy, scratch: Path, progress: Pro
         if key is not None:
             cache.put(key, folder)
     progress.done = progress.total = sum(file.stat().st_size for file in folder.iterdir())
-    return folder / files[0].name if is_archive(files[0].name) else folder
+    return folder / files[0].name if len(files) == 1 else folder
 
 
 def check_remote(source: str, policy: SourcePolicy) -> None:
