@@ -1,6 +1,6 @@
 """A table of results of examples/evaluate.py, runs that differ in their seed only taken together.
 
-    python examples/compare.py examples/results/*.json
+    python examples/compare.py examples/results/accuracy-*.json
     python examples/compare.py examples/results/accuracy-desk-200.json
 
 Each cell is the mean accuracy over the seeds, and the range where there are several.
