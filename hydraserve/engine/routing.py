@@ -241,14 +241,18 @@ class RoutingCalls:
 
     model_runner: Any
 
+    # Sums that a step has made may only be changed in the mode in which the step ran.
+    @torch.inference_mode()
     def hydra_take_counts(self) -> dict[str, Any]:
         """See `RoutingRecorder.take` and `SlotEvents.take`."""
         is_leader = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         return {**self.model_runner.lora_manager.take_counts(), "is_leader": is_leader}
 
+    @torch.inference_mode()
     def hydra_start_trace(self, name: str, limit: int) -> None:
         self.model_runner.lora_manager.routing.start_trace(name, limit)
 
+    @torch.inference_mode()
     def hydra_finish_trace(self, name: str) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self.model_runner.lora_manager.routing.finish_trace(name)
         return found

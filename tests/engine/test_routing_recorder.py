@@ -13,7 +13,7 @@ from hydra_kernels.testing import random_weights
 
 from hydraserve.engine import routing
 from hydraserve.engine.observation import merge_counts, merge_traces
-from hydraserve.engine.routing import RoutingRecorder, SlotEvents, Step, StepRequests
+from hydraserve.engine.routing import RoutingCalls, RoutingRecorder, SlotEvents, Step, StepRequests
 from hydraserve.errors import BusyError
 
 N_IN, OUT, MAX_TOKENS, HEADS = 24, (16, 8), 12, 4
@@ -255,3 +255,19 @@ def test_traces_of_stages_join_in_the_order_of_layers() -> None:
     assert trace.weights.shape == (3, 2, 4)
     assert np.isnan(trace.weights[:, 1, 2:]).all()
     assert (trace.weights[:, 0] == 0.25).all()
+
+
+def test_counts_that_a_step_made_can_be_taken_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run in inference mode, whose tensors may not be changed outside it; calls from the server come outside."""
+    monkeypatch.setattr(routing, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True))
+    worker, calls = Worker(), RoutingCalls()
+    manager = SimpleNamespace(take_counts=lambda: {**worker.recorder.take(worker.ids), "slots": SlotEvents().take()})
+    calls.model_runner = SimpleNamespace(lora_manager=manager)
+    with torch.inference_mode():
+        worker.load(0, 7, heads=4)
+        worker.run({"a": (7, 0, 3)})
+        worker.load(0, 8, heads=2)  # what 7 counted becomes a total inside the step
+        worker.load(1, 7, heads=4)
+        worker.run({"b": (7, 0, 2), "c": (8, 0, 1)})
+    found = merge_counts([calls.hydra_take_counts()]).routers
+    assert {adapter: next(iter(counts.values())).tokens for adapter, counts in found.items()} == {7: 5, 8: 1}
