@@ -29,10 +29,10 @@ def greedy(client: openai.OpenAI, model: str, prompt: str = PROMPT, tokens: int 
 
 def test_models_lists_base_and_adapters_with_parent_and_root(client: openai.OpenAI) -> None:
     cards = {card.id: card for card in client.models.list()}
-    assert set(cards) == set(MODELS)
+    assert set(MODELS) <= set(cards)  # other tests of this server add more
     for name in MODELS[1:]:
         assert cards[name].parent == "demo"  # type: ignore[attr-defined]
-        assert cards[name].root.endswith(("mlp_r2_e2", name))  # type: ignore[attr-defined]
+        assert cards[name].root.endswith(("mlp_r2_e2", "words", name))  # type: ignore[attr-defined]
 
 
 def test_one_batch_of_all_kinds_equals_each_alone(client: openai.OpenAI) -> None:
