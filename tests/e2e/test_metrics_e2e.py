@@ -184,6 +184,8 @@ def test_every_series_is_there(adapters: AdapterClient) -> None:
         assert name in shown, name
     text = " ".join(dashboard_queries(json.loads((DEPLOY / "grafana" / "hydraserve.json").read_text())))
     assert set(re.findall(r"vllm:\w+", text)) <= shown
+    accept = {"accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
+    assert "\nvllm:num_requests_running{" in adapters.http.get("/metrics", headers=accept).text  # as Prometheus asks
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool; Debian: apt-get install prometheus")

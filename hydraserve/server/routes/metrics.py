@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from hydraserve.server.metrics import registry
 
@@ -12,7 +12,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """All series, as text or OpenMetrics, whichever the client asks for."""
+    """All series in Prometheus' text format, also for clients that would rather have OpenMetrics: in that,
+    prometheus_client 0.26 writes vllm:name as vllm_name, which no dashboard asks for."""
     await request.app.state.hydraserve_metrics.refresh()
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(registry()), headers={"Content-Type": content_type})
+    return Response(generate_latest(registry()), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
