@@ -59,6 +59,23 @@ def test_a_server_in_service_is_healthy_and_ready(client: AdapterClient) -> None
     assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_what_it_took(
+    tiny_server: ServerProcess, client: AdapterClient, stream: bool
+) -> None:
+    client.complete("first", PROMPT, 2)
+    before = client.list()["residency"]["kv_blocks_free"]
+    ended = metric(client, "hydraserve_adapter_requests_total", adapter="first")
+    aborted = metric(client, "hydraserve_adapter_requests_total", adapter="first", outcome="abort")
+    connection = connect(tiny_server.url)
+    connection.sendall(post_json(completion("first", PROMPT, 460, stream=stream, n=AT_ONCE, temperature=1)))
+    wait_for(lambda: client.get("first")["requests_running"] > 0, "the request runs")
+    connection.close()
+    wait_for(lambda: metric(client, "hydraserve_adapter_requests_total", adapter="first") > ended, "it ended")
+    assert metric(client, "hydraserve_adapter_requests_total", adapter="first", outcome="abort") > aborted
+    assert client.list()["residency"]["kv_blocks_free"] == before
+
+
 def test_slow_readers_hold_up_nobody_and_miss_nothing(tiny_server: ServerProcess, client: AdapterClient) -> None:
     tokens = 200
     body = completion("first", PROMPT, tokens, stream=True, n=2, temperature=1, logprobs=5)
@@ -245,3 +262,5 @@ def check_drain(server: ServerProcess, client: AdapterClient) -> None:
     assert server.process.wait(40) == 0
     assert time.monotonic() - started < 30
     stuck.close()
+    leader = server.process.pid
+    wait_for(lambda: session_processes(leader) == [], "no process is left behind", 10)
