@@ -14,6 +14,9 @@ ARGS ?=
 # tokens; by default vLLM asks a CPU for 92% of the memory, which a machine in use does not have free.
 DEMO_ARGS := $(if $(filter demo,$(MODEL)),--enforce-eager --kv-cache-memory-bytes 1073741824)
 BENCH_ARGS ?=
+# Of tests, two at a time: one engine starts, which keeps one core busy, while another one answers. More want more
+# memory; 0 for tests in this process, with their output.
+PROCESSES ?= 2
 
 BIN := .venv/bin
 INSTALL = @$(PYTHON) scripts/install.py --variant $(VARIANT)
@@ -33,7 +36,7 @@ serve: ## serve MODEL (demo: an embedded small model) with ADAPTERS (default: ex
 
 test: ## all tests; ARGS goes to pytest, for example ARGS="tests/adapters -x"
 	$(INSTALL) dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup $(ARGS)
 
 lint: ## ruff, mypy, the layer contracts, and what is in deploy/
 	$(INSTALL) dev

@@ -120,6 +120,7 @@ class ServerSettings:
     metrics_adapters: adapters with Prometheus series of their own.
     max_queued:    requests that may wait besides those that the engine computes at once.
     max_body:      bytes of one request's body.
+    api_servers:   with several API server processes, the folder of the sockets between them.
     """
 
     adapters: tuple[AdapterSource, ...] = ()
@@ -133,3 +134,4 @@ class ServerSettings:
     metrics_adapters: int = DEFAULT_METRICS_ADAPTERS
     max_queued: int = DEFAULT_MAX_QUEUED
     max_body: int = DEFAULT_MAX_BODY_MIB << 20
+    api_servers: Path | None = None

@@ -46,6 +46,9 @@ Which HTTP status or exit code an error becomes is decided by the server and the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class HydraServeError(Exception):
     """The root: what is wrong, what was found, what would be right, and what to do about it.
@@ -81,6 +84,21 @@ class HydraServeError(Exception):
         ]
         line = ": ".join(_one_line(part) for part in (self.where, self.what, ", ".join(found)) if part)
         return f"{line}. To fix: {_one_line(self.fix)}" if self.fix else line
+
+
+def pack(error: HydraServeError) -> dict[str, Any]:
+    """The error as plain data, for another process."""
+    kind, parts = error.__reduce__()
+    return {"kind": kind.__name__, "parts": list(parts), "retry_after": getattr(error, "retry_after", None)}
+
+
+def unpack(packed: Mapping[str, Any]) -> HydraServeError:
+    """The error that `pack` was given; an EngineError for a kind that is not known here."""
+    kind: type[HydraServeError] = globals().get(packed["kind"], EngineError)
+    error = kind(*packed["parts"])
+    if packed["retry_after"] is not None:
+        error.retry_after = packed["retry_after"]  # type: ignore[attr-defined]
+    return error
 
 
 # What errors quote comes from files and requests: no control characters, and no longer than a person reads.

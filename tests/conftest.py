@@ -10,6 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests several processes (pytest -n) must not divide: those of one file, and those that share a server."""
+    for item in items:
+        needs = getattr(item, "fixturenames", ())
+        shared = [name for name in ("synthetic_adapters", "tiny_server") if name in needs]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo base: a real small Llama in bf16, made once and kept in the cache folder between runs."""

@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Changing what people import is a decision, not an accident: change it here too.
 PUBLIC = {
     "hydra_kernels": {
+        "Carry",
         "HydraWeights",
         "LayerSlots",
         "Layout",

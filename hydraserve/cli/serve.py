@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ from hydraserve.config import (
 from hydraserve.errors import ConfigError, PortInUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hydraserve.adapters.checkpoint import AdapterSummary
     from hydraserve.adapters.sizing import SlotPlan
@@ -166,9 +168,20 @@ def run(args: argparse.Namespace) -> int:
     check_fits(model, plan.slots * plan.slot_bytes)
     print_summary(config, model, summaries, plan)
     parsed = launch.parse(engine_arguments(config, model, plan, passthrough))
-    parsed.hydraserve = server_settings(args, config, shapes, parsed)
-    launch.run(parsed)
+    with sockets_folder(parsed.api_server_count or 0) as folder:
+        parsed.hydraserve = replace(server_settings(args, config, shapes, parsed), api_servers=folder)
+        launch.run(parsed)
     return 0
+
+
+@contextmanager
+def sockets_folder(api_servers: int) -> Iterator[Path | None]:
+    """Where several API server processes find one another; one needs none. Only this user can open it."""
+    if api_servers < 2:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="hydraserve-") as folder:
+        yield Path(folder)
 
 
 def serve_config(args: argparse.Namespace) -> ServeConfig:
@@ -305,14 +318,6 @@ def refuse_unsupported(passthrough: Sequence[str]) -> None:
             expected="--adapter, which checks, sizes and keeps track of adapters",
             fix="--adapter NAME=PATH for each of them",
         )
-    for flag in ("--api-server-count", "--api_server_count", "-asc"):
-        if (count := flag_value(passthrough, flag)) not in (None, "1"):
-            raise ConfigError(
-                what=flag,
-                got=str(count),
-                expected="1: the process that answers HTTP keeps the registry of adapters and the routers' metrics",
-                fix="leave it out; for more throughput of HTTP itself start several servers behind a load balancer",
-            )
     if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
         raise ConfigError(
             what="VLLM_LORA_ENABLE_DUAL_STREAM",
@@ -354,7 +359,7 @@ def engine_arguments(config: ServeConfig, model: str, plan: SlotPlan, passthroug
         "--lora-target-modules": list(plan.targets),
         "--additional-config": [json.dumps(EngineOptions(plan.capacity, config.router_metrics).to_config())],
         "--worker-extension-cls": [WORKER_EXTENSION],
-        # One process keeps the registry of adapters; a node that only computes has none.
+        # vLLM's default is one for each data parallel engine; a node that only computes has none.
         "--api-server-count": [] if "--headless" in passthrough else ["1"],
         "--shutdown-timeout": [str(DEFAULT_SHUTDOWN_TIMEOUT)],
     }

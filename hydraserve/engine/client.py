@@ -29,6 +29,12 @@ class EngineAdapters:
         self._poller: asyncio.Task[None] | None = None
         self.hooks: RequestHooks | None = None
 
+    @property
+    def process(self) -> tuple[int, int]:
+        """Which of how many API server processes this is."""
+        config = self._engine.vllm_config.parallel_config
+        return config._api_process_rank, config._api_process_count
+
     async def sizes(self) -> EngineSizes:
         first = (await self._call("hydra_sizes"))[0]
         capacity = SlotCapacity(*first["capacity"])
@@ -125,13 +131,11 @@ class _Load:
         self.done, self.answers = done, 0
         self.error: HydraServeError | None = None
 
-    def count(self, error: list[str | None] | None) -> None:
+    def count(self, error: dict[str, Any] | None) -> None:
         """One worker has ended."""
         self.answers += 1
         if error is not None and self.error is None:
-            name, *arguments = error
-            kind: type[HydraServeError] = getattr(errors, str(name), EngineError)
-            self.error = kind(str(arguments[0]), *arguments[1:])
+            self.error = errors.unpack(error)
 
     def finish(self, error: HydraServeError | None) -> None:
         if not self.done.done():  # it is, when who waited was cancelled

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hydraserve import errors
 from hydraserve.adapters.ingest import release_memory
 from hydraserve.engine.routing import RoutingCalls
 from hydraserve.errors import EngineError, HydraServeError
@@ -92,14 +93,14 @@ class HydraWorkerExtension(RoutingCalls):
 
     # What a step has put into a slot may only be changed in the mode in which the step ran.
     @torch.inference_mode()
-    def hydra_finish_loads(self) -> list[tuple[int, list[str | None] | None]]:
-        """(id, None or the error's name and arguments) of each load that has ended; those without error are then
+    def hydra_finish_loads(self) -> list[tuple[int, dict[str, Any] | None]]:
+        """(id, None or the packed error) of each load that has ended; those without error are then
         in host memory."""
         return [(adapter_id, self._finish(outcome)) for adapter_id, outcome in self.hydra_adapters.loader.finished()]
 
-    def _finish(self, outcome: HydraLoRAModel | HydraServeError) -> list[str | None] | None:
+    def _finish(self, outcome: HydraLoRAModel | HydraServeError) -> dict[str, Any] | None:
         if isinstance(outcome, HydraServeError):
-            return [type(outcome).__name__, *outcome.__reduce__()[1]]
+            return errors.pack(outcome)
         self.hydra_adapters.keep(outcome)
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from hydraserve.server.served import current_scope, may_see
@@ -32,18 +32,25 @@ class Admission:
         service = self._service
         served = service.labelled(label)
         digest = served.stored.digest
-        with served.run(request_id):
+        with served.run(request_id), ExitStack() as waiting:
+            waiting.enter_context(served.wait())
             await service.turnstile.enter(digest, on_wait=service.prefetch_next)
             try:
                 served.refuse_if_removed()
                 async with service.cache.hold(served.stored):
+                    waiting.close()
                     yield
             finally:
                 service.turnstile.leave(digest)
                 service.prefetch_next()
 
     def cache_salt(self) -> str | None:
-        scope = current_scope.get()
-        if scope is None or not scope.principal.isolated:
-            return None
-        return hashlib.sha256(scope.principal.name.encode()).hexdigest()
+        return cache_salt()
+
+
+def cache_salt() -> str | None:
+    """What keeps the prefix cache of the current request's sender apart, see `RequestHooks`."""
+    scope = current_scope.get()
+    if scope is None or not scope.principal.isolated:
+        return None
+    return hashlib.sha256(scope.principal.name.encode()).hexdigest()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from hydraserve.adapters.observation import EngineCounts, EngineObservation, RequestEnd
 from hydraserve.adapters.runtime import AdapterRuntime, EngineSizes, RequestHooks, Residency
@@ -134,8 +135,9 @@ class ServerMetrics:
         self, engine: EngineObservation, metrics: Metrics, size: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine, self._metrics, self._clock = engine, metrics, clock
-        shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-        self._labels = AdapterLabels(size, retire=self._retire, removable=not shared)
+        self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._labels = AdapterLabels(size, retire=self._retire, removable=not self._shared)
+        self._collectors: list[Collector] = []
         self._collapse = CollapseWindows()
         self._names: dict[int, str] = {}
         self._refreshed = float("-inf")
@@ -143,6 +145,22 @@ class ServerMetrics:
         self.runtime: MeteredRuntime | None = None
         self.service: Service | None = None
         engine.observer = RequestMetrics(metrics, self._labels)
+
+    def add(self, collector: Collector) -> None:
+        """Show what this one collects, too."""
+        if self._shared:
+            self._collectors.append(collector)
+        else:
+            REGISTRY.register(collector)
+
+    def registry(self) -> CollectorRegistry:
+        """What /metrics shows, vLLM's series too."""
+        shared = shared_registry()
+        if shared is None:
+            return REGISTRY
+        for collector in self._collectors:
+            shared.register(collector)
+        return shared
 
     def meter(self, runtime: AdapterRuntime) -> MeteredRuntime:
         """The runtime, counted."""
@@ -179,7 +197,7 @@ class ServerMetrics:
         self._show_counts(counts)
         self._show_loads()
         self._show_residency(residency)
-        self._show_requests()
+        self.show_requests()
         held = {*residency.host, *residency.slots}
         current = {served.adapter_id for served in self.service.current.values()}
         self._names = {i: name for i, name in self._names.items() if i in held or i in current}
@@ -250,20 +268,17 @@ class ServerMetrics:
                 states |= {(label, other): float(other == state) for other in STATES}
         _set_all(metrics.adapter_state, states)
 
-    def _show_requests(self) -> None:
+    def show_requests(self) -> None:
+        """What this process has under way; in a front nothing else is its to show."""
         running: dict[tuple[str, ...], float] = {}
         waiting: dict[tuple[str, ...], float] = {}
-        in_engine: dict[str | None, int] = {}
         for adapter, (runs, waits) in self._engine.requests().items():
             key = (self._labels.find(None if adapter is None else name_of(adapter)),)
             running[key] = running.get(key, 0) + runs
             waiting[key] = waiting.get(key, 0) + waits
-            in_engine[adapter] = runs + waits
-        assert self.service is not None
-        for name, served in self.service.current.items():  # those that wait for their adapter are not in the engine yet
+        for name, served in self.service.current.items() if self.service is not None else ():
             key = (self._labels.find(name),)
-            before = max(0, len(served.request_ids) - in_engine.get(served.label, 0))
-            waiting[key] = waiting.get(key, 0) + before
+            waiting[key] = waiting.get(key, 0) + served.waiting
         _set_all(self._metrics.running, running)
         _set_all(self._metrics.waiting, waiting)
 
@@ -291,6 +306,8 @@ def _known(gauge: Any) -> set[tuple[str, ...]]:
     return {tuple(sample.labels[name] for name in names) for sample in gauge.collect()[0].samples}
 
 
-def registry() -> CollectorRegistry:
-    """What /metrics shows, vLLM's series too."""
-    return shared_registry() or REGISTRY
+async def show_every_second(metrics: ServerMetrics) -> None:
+    """For API server processes that nobody's scrape asks: what they have under way, in the files that are merged."""
+    while True:
+        metrics.show_requests()
+        await asyncio.sleep(MIN_INTERVAL_S)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydraserve.errors import RequestError
 from hydraserve.server.errors import error_response
-from hydraserve.server.security import Caller, Gate
+from hydraserve.server.keys import Principal
+from hydraserve.server.security import Caller, Gate, is_counted
 from hydraserve.server.served import RequestScope, current_scope
 
 ADAPTER_HEADER = "x-hydraserve-adapter"
@@ -15,10 +18,13 @@ _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
 class RequestMiddleware:
-    """ASGI middleware. Sets `current_scope` for each request and ends it with the response."""
+    """ASGI middleware. Sets `current_scope` for each request and ends it with the response.
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
-        self._app, self._gate = app, gate
+    count: counts one request of a principal that has a limit; raises RateLimitError.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, count: Callable[[Principal], Awaitable[None]]) -> None:
+        self._app, self._gate, self._count = app, gate, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -29,6 +35,8 @@ class RequestMiddleware:
         method = scope.get("method", "WEBSOCKET")
         try:
             principal = self._gate.admit(method, path, headers.get("authorization"), caller_of(scope, headers))
+            if principal.rate is not None and is_counted(method, path):
+                await self._count(principal)
         except RequestError as error:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008, "reason": "not allowed"})

@@ -62,7 +62,7 @@ class Gate:
     def admit(self, method: str, path: str, authorization: str | None, caller: Caller) -> Principal:
         """The principal of an admitted request.
 
-        Raises UnauthenticatedError, ForbiddenError or RateLimitError.
+        Raises UnauthenticatedError or ForbiddenError. Requests are counted elsewhere, see `is_counted`.
         """
         if path in _PUBLIC or path.startswith(_PAGE) or method == "OPTIONS":
             return ANONYMOUS
@@ -79,7 +79,6 @@ class Gate:
             principal = ANONYMOUS
         if principal.role is Role.METRICS:
             raise _forbidden(principal, "use a model")
-        self.keys.count(principal)
         return self._with_local_rights(principal, caller)
 
     def _with_local_rights(self, principal: Principal, caller: Caller) -> Principal:
@@ -149,6 +148,11 @@ def is_administration(method: str, path: str) -> bool:
     if path in _ADMINISTRATION:
         return True
     return (path == "/v1/adapters" or path.startswith("/v1/adapters/")) and method not in ("GET", "HEAD")
+
+
+def is_counted(method: str, path: str) -> bool:
+    """Whether a key's limit of requests a minute counts this one."""
+    return is_inference(path) and not is_administration(method, path) and method != "OPTIONS"
 
 
 def _no_key(expected: str) -> UnauthenticatedError:

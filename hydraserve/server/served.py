@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hydraserve.adapters.store import StoredAdapter
 from hydraserve.errors import UnknownAdapterError
@@ -26,6 +26,7 @@ class ServedAdapter:
     label:   unique for name and content; what the engine calls the adapter.
     request: vLLM's LoRARequest.
     removed: taken away by force: requests that have not begun are refused.
+    waiting: of its requests, those that are not in the engine yet.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ServedAdapter:
     adapter_id: int
     request: Any
     removed: bool = False
+    waiting: int = 0
     served: int = 0
     last_used: float | None = None
     _running: dict[object, str] = field(default_factory=dict)
@@ -72,6 +74,15 @@ class ServedAdapter:
             self.last_used = time.time()
             self.notify()
 
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Count a request as not in the engine yet."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
     def refuse_if_removed(self) -> None:
         """Raises UnknownAdapterError when the adapter was taken away by force."""
         if self.removed:
@@ -110,19 +121,36 @@ def name_of(label: str) -> str:
     return label.rpartition("@")[0] or label
 
 
+class Kept(Protocol):
+    """What a request keeps from going away until it ends."""
+
+    @property
+    def version(self) -> str: ...
+    def release(self) -> None: ...
+
+
 @dataclass
 class RequestScope:
-    """What belongs to one HTTP request: who sent it, and which adapter its model name stood for."""
+    """What belongs to one HTTP request: who sent it, and which adapter its model name stood for.
+
+    found: name -> what another process said that it stands for, see `server.api_servers`.
+    """
 
     principal: Principal = ANONYMOUS
-    adapter: ServedAdapter | None = None
-    _held: list[ServedAdapter] = field(default_factory=list)
+    adapter: Kept | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+    _held: list[Kept] = field(default_factory=list)
 
     def use(self, adapter: ServedAdapter) -> None:
         """Remember the adapter, and keep it until the request ends."""
         adapter.hold()
         self._held.append(adapter)
         self.adapter = self.adapter or adapter
+
+    def keep(self, name: str, found: Kept) -> None:
+        """Remember what a name stands for, which is held already, until the request ends."""
+        self.found[name] = found
+        self._held.append(found)
 
     def end(self) -> None:
         """Let go of what the request used."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -48,6 +48,7 @@ class AdapterService:
         self.turnstile = Turnstile(slots)
         self.current: dict[str, ServedAdapter] = {}
         self.progress: dict[str, Progress] = {}
+        self.abort_elsewhere: Callable[[list[str]], None] = lambda _: None  # requests of other API server processes
         reader.in_use = self._in_use
         self._reader, self._slots, self._taken = reader, slots, frozenset(taken)
         self._labelled: dict[str, ServedAdapter] = {}  # also those that are on their way out
@@ -164,6 +165,7 @@ class AdapterService:
             return
         if force:
             served.removed = True
+            self.abort_elsewhere(served.request_ids)
             await self.runtime.abort(served.request_ids)
         retiring = self.spawn(self._retire(served))
         if wait:

@@ -72,11 +72,13 @@ def test_fully_sharded_and_dual_stream_are_refused(monkeypatch: pytest.MonkeyPat
         serve.refuse_unsupported([])
 
 
-@pytest.mark.parametrize("arguments", [["--api-server-count", "2"], ["--api_server_count=4"], ["-asc", "2"]])
-def test_several_api_server_processes_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError, match="registry of adapters"):
-        serve.refuse_unsupported(arguments)
-    serve.refuse_unsupported(["--api-server-count", "1"])
+def test_several_api_server_processes_find_one_another_in_a_folder_of_their_own() -> None:
+    with serve.sockets_folder(0) as folder:
+        assert folder is None
+    with serve.sockets_folder(2) as folder:
+        assert folder is not None
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
 
 
 def test_port_in_use_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

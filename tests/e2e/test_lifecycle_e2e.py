@@ -21,7 +21,7 @@ SLOTS, HOST = 8, 12
 VERSIONS = 24
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 BLOCK = 32
-LONGEST = 4096
+LONGEST = 8192
 # Longer than a KV block, so that the prefix cache has something to give.
 PROMPTS = tuple(tuple((7 * i * j + 11 * i + 3) % 500 + 5 for j in range(BLOCK + 8 + i)) for i in range(1, 5))
 
@@ -172,14 +172,14 @@ def test_running_requests_end_with_what_they_began_with(
 ) -> None:
     old = client.add("turning", versions[0])
     expected = client.complete("turning", PROMPTS[0], 400)
-    running = Stream(server.url, "turning", 3000)
+    running = Stream(server.url, "turning", 7000)
     new = client.replace("turning", versions[1])
     assert client.complete("turning", PROMPTS[0], 4).digest == new["version"]
     assert running.is_alive(), "neither the replacement nor new requests may wait for running ones"
     running.join(60)
     assert running.version == f"turning@{old['version']}"
     assert running.got[:400] == [*map(str, expected.tokens)]
-    assert (len(running.got), running.got[-1]) == (3001, "length")
+    assert (len(running.got), running.got[-1]) == (7001, "length")
 
 
 def test_removal_waits_for_running_requests_or_ends_them(

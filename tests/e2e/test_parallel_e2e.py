@@ -102,10 +102,18 @@ def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFa
     return one
 
 
-@pytest.mark.parametrize("kind", ["tensor", "pipeline", "data"])
+# Data parallel with as many API server processes as engines: any of these may send a request to any of those.
+KINDS = {
+    "tensor": ["--tensor-parallel-size", "2"],
+    "pipeline": ["--pipeline-parallel-size", "2"],
+    "data": ["--data-parallel-size", "2", "--api-server-count", "2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Found, tmp_path: Path) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    two = found(tiny_llama, adapters, [f"--{kind}-parallel-size", "2"], env, tmp_path / "log")
+    two = found(tiny_llama, adapters, KINDS[kind], env, tmp_path / "log")
     assert two.tokens == single.tokens
     assert two.routers == pytest.approx(single.routers, rel=1e-4), "nothing is counted twice, and nothing is left out"
     for adapter, routers in single.traced.items():

@@ -45,7 +45,8 @@ def replicas(
     folder = tmp_path_factory.mktemp("replicas")
     paths = write_adapters(tiny_llama, folder, ADAPTERS)
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
-    arguments += ["--max-model-len", "512", "--max-num-seqs", "8"]
+    arguments += ["--hf-overrides", '{"max_position_embeddings": 4096}', "--max-model-len", "4096"]
+    arguments += ["--max-num-seqs", "8"]
     arguments += ["--slots", str(SLOTS), "--max-adapters", str(ADAPTERS)]
     arguments += [part for name, path in zip(names, paths, strict=True) for part in ("--adapter", f"{name}={path}")]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -159,7 +160,7 @@ def test_what_gateways_read(replicas: list[ServerProcess], names: list[str]) -> 
         threading.Thread(
             target=httpx.post,
             args=(f"{replica.url}/v1/completions",),
-            kwargs={"json": completion(name, PROMPT, 450), "timeout": 60},
+            kwargs={"json": completion(name, PROMPT, 2000), "timeout": 60},
         )
         for name in asked
     ]

@@ -7,17 +7,16 @@ import contextlib
 import os
 import resource
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from adapter_client import AdapterClient, completion, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from raw_client import ask, connect, post_json, read_all
+from stream import Stream
 
 from hydraserve.bench.process import ServerProcess
 from hydraserve.bench.usage import memory, session_processes
@@ -161,27 +160,9 @@ def test_a_full_disk_fails_one_load_and_nothing_else(
     client.remove("late")
 
 
-class Stream(threading.Thread):
-    """A stream that is read beside the test. pieces: what came; error: how the connection ended, if not well."""
-
-    def __init__(self, url: str, model: str, tokens: int) -> None:
-        super().__init__(daemon=True)
-        self.url, self.body = url, completion(model, PROMPT, tokens, stream=True)
-        self.pieces: list[str] = []
-        self.error: Exception | None = None
-        self.running = threading.Event()
-        self.start()
-        assert self.running.wait(60)
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=60) as response:
-                for line in response.iter_lines():
-                    if line.startswith("data: "):
-                        self.pieces.append(line[6:])
-                        self.running.set()
-        except httpx.HTTPError as error:
-            self.error = error
+def stream(server: ServerProcess, tokens: int) -> Stream:
+    """One of the adapter "kept", which has begun."""
+    return Stream(server.url, completion("kept", PROMPT, tokens, stream=True))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +197,7 @@ def test_clock_jumps_then_a_dead_engine_then_a_restart_then_a_drain(
         version = client.add("kept", tiny_adapters[0])["version"]
         tokens = client.complete("kept", PROMPT, 12).tokens
         for jump in ("+400d", "-400d", "+0") if can_fake else ():
-            running = Stream(server.url, "kept", 100)
+            running = stream(server, 100)
             clock.write_text(jump)
             answer = client.complete("kept", PROMPT, 12)
             assert (answer.status, answer.tokens) == (200, tokens), jump
@@ -225,7 +206,7 @@ def test_clock_jumps_then_a_dead_engine_then_a_restart_then_a_drain(
         durations = metric(client, "hydraserve_adapter_request_duration_seconds_sum")
         assert 0 < durations < 600, "a jump of the clock is no duration"
 
-        running = Stream(server.url, "kept", 460)
+        running = stream(server, 460)
         assert server.process is not None
         os.kill(engine_process(server.process.pid), signal.SIGKILL)
         running.join(30)
@@ -245,7 +226,7 @@ def test_clock_jumps_then_a_dead_engine_then_a_restart_then_a_drain(
 
 def check_drain(server: ServerProcess, client: AdapterClient) -> None:
     """SIGTERM: what runs is finished, new requests are refused, the status is 0."""
-    running = Stream(server.url, "kept", 460)
+    running = stream(server, 460)
     stuck = connect(server.url, receive_buffer=2048)  # a client that never reads does not hold up the end
     stuck.sendall(post_json(completion("tiny", PROMPT, 200, stream=True, logprobs=5)))
     assert server.process is not None

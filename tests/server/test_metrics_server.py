@@ -43,11 +43,9 @@ class Service:
         self.cache = SimpleNamespace(ready=lambda digest: digest == "ready")
         self.held = Residency(host={}, slots=(None, None), blocks=0, free_blocks=0, cached_blocks=0, process_bytes=0)
 
-    def serve(self, name: str, adapter_id: int, requests: int = 0) -> None:
-        ids = [f"r{i}" for i in range(requests)]
-        self.current[name] = SimpleNamespace(
-            adapter_id=adapter_id, label=f"{name}@d1", request_ids=ids, stored=SimpleNamespace(digest=name)
-        )
+    def serve(self, name: str, adapter_id: int, waiting: int = 0) -> None:
+        stored = SimpleNamespace(digest=name)
+        self.current[name] = SimpleNamespace(adapter_id=adapter_id, waiting=waiting, stored=stored)
 
     async def residency(self) -> Residency:
         return self.held
@@ -190,7 +188,7 @@ def test_places_of_adapters() -> None:
 
 def test_running_and_waiting_requests() -> None:
     async def scenario(server: Server) -> None:
-        server.service.serve("a", 1, requests=6)  # two of them wait for the adapter, before the engine knows them
+        server.service.serve("a", 1, waiting=2)  # for the adapter, before the engine knows them
         server.request("a")
         await server.start()
         server.engine.in_flight = {"a@d1": (3, 1), None: (2, 0)}
