@@ -14,8 +14,7 @@ ARGS ?=
 # tokens; by default vLLM asks a CPU for 92% of the memory, which a machine in use does not have free.
 DEMO_ARGS := $(if $(filter demo,$(MODEL)),--enforce-eager --kv-cache-memory-bytes 1073741824)
 BENCH_ARGS ?=
-# Of tests, two at a time: one engine starts, which keeps one core busy, while another one answers. More want more
-# memory; 0 for tests in this process, with their output.
+# Of tests: one starts engines, the others run what needs none. 0 for all in this process, one after the other.
 PROCESSES ?= 2
 
 BIN := .venv/bin

@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own takes the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests several processes (pytest -n) must not divide: those of one file, and those that share a server."""
+    """Which tests several processes (pytest -n) must not divide: those of one file, and all that start engines, which
+    share servers and measure times."""
     for item in items:
-        needs = getattr(item, "fixturenames", ())
-        shared = [name for name in ("synthetic_adapters", "tiny_server") if name in needs]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
+        item.add_marker(
+            pytest.mark.xdist_group("engines" if {"e2e", "deploy"} & {*item.path.parts} else str(item.path))
+        )
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ class HydraEndpoints:
                 return
             await self._keep(engine_client, state, settings)
             if processes > 1:
-                await self._answer_fronts(engine_client, settings, processes - 1)
+                await self._answer_fronts(engine_client, metrics, settings, processes - 1)
         host = args.host or "127.0.0.1"
         where = f"unix:{args.uds}" if args.uds else f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
         print(f"hydraserve is ready on {where} (API /v1, metrics /metrics)", file=sys.stderr, flush=True)
@@ -110,13 +110,15 @@ class HydraEndpoints:
         state.hydraserve_readiness = Readiness(self._traffic, lambda: bool(engine_client.errored), lambda: registry)
         engine_client.hydra_ending.attach(self._drain)
 
-    async def _answer_fronts(self, engine_client: Any, settings: ServerSettings, fronts: int) -> None:
+    async def _answer_fronts(
+        self, engine_client: Any, metrics: ServerMetrics, settings: ServerSettings, fronts: int
+    ) -> None:
         assert self._server is not None
         service, folder = self._server.service, settings.api_servers
         assert service is not None
         assert folder is not None
         assert self._app is not None
-        self._keeper = Keeper(folder, self._app, self._keys, service.current.get)
+        self._keeper = Keeper(folder, self._app, self._keys, service.current.get, metrics.note)
         service.abort_elsewhere = self._keeper.abort
         await self._keeper.start(engine_client.hydra_adapters.hooks, fronts, _START_S)
 

@@ -162,6 +162,10 @@ class ServerMetrics:
             shared.register(collector)
         return shared
 
+    def note(self, adapter: str) -> None:
+        """A request of another API server process uses this adapter: what the engine counts for it is shown here."""
+        self._labels.leave(adapter, self._labels.enter(adapter))
+
     def meter(self, runtime: AdapterRuntime) -> MeteredRuntime:
         """The runtime, counted."""
         self.runtime = MeteredRuntime(runtime, self._on_request)

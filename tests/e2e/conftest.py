@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,21 +13,6 @@ from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.bench.process import ServerProcess
 from hydraserve.models import base_shapes
-
-
-def share_of_cores() -> str | None:
-    """The cores for this process's engines when several processes run tests; vLLM would give all of them the same."""
-    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
-    cores = sorted(os.sched_getaffinity(0))
-    size = len(cores) // int(count)
-    if worker is None or size == 0:
-        return None
-    mine = cores[int(worker[2:]) * size :][:size]
-    return f"{mine[0]}-{mine[-1]}" if size > 1 else str(mine[0])
-
-
-if (cores := share_of_cores()) is not None:
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = ALL_MODULES[:4]

@@ -173,7 +173,9 @@ def test_a_forced_removal_ends_requests_of_both(
     server: ServerProcess, client: AdapterClient, tiny_adapters: list[Path]
 ) -> None:
     client.add("doomed", tiny_adapters[2])
-    streams = [Stream(server.url, completion("doomed", PROMPT, 4000, stream=True)) for _ in range(CONNECTIONS)]
+    body = completion("doomed", PROMPT, 4000, stream=True)
+    streams = [Stream(server.url, body, wait=False) for _ in range(CONNECTIONS)]
+    assert all(stream.running.wait(30) for stream in streams)
     client.remove("doomed", force=True)
     for stream in streams:
         stream.join(30)

@@ -124,7 +124,7 @@ def test_affinity_keeps_adapters_in_their_slots(
 
 def test_streams_pass_the_proxy_piece_by_piece(replicas: list[ServerProcess], names: list[str], tmp_path: Path) -> None:
     with proxy(tmp_path / "nginx", replicas, by_model=True) as url:
-        body = completion(names[0], PROMPT, 400, stream=True)
+        body = completion(names[0], PROMPT, 2000, stream=True)
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: {")
@@ -188,7 +188,7 @@ def test_a_second_signal_ends_a_replica_at_once(replicas: list[ServerProcess], n
     replica = replicas[0]
     assert replica.process is not None
     leader = replica.process.pid
-    body = completion(names[0], PROMPT, 500, stream=True)
+    body = completion(names[0], PROMPT, 4000, stream=True)
     with httpx.stream("POST", f"{replica.url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: {")

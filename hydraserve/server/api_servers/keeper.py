@@ -34,11 +34,19 @@ class Keeper:
     folder: where the sockets are made; only this user may open it.
     app:    the whole HTTP application, for the requests that the fronts hand on.
     find:   name -> what it is served with at this moment, or None.
+    note:   told the name of each adapter that a front's request uses.
     """
 
-    def __init__(self, folder: Path, app: ASGIApp, keys: KeyRing, find: Callable[[str], ServedAdapter | None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        app: ASGIApp,
+        keys: KeyRing,
+        find: Callable[[str], ServedAdapter | None],
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.hooks: RequestHooks | None = None
-        self.keys, self.find = keys, find
+        self.keys, self.find, self.note = keys, find, note
         self._folder, self._app = folder, app
         self._fronts: dict[_Front, asyncio.StreamWriter] = {}
         self._arrived = asyncio.Condition()
@@ -156,6 +164,7 @@ class _Front:
         if served is None:
             yield None
             return
+        self._keeper.note(model)
         served.hold()
         try:
             yield [served.stored.digest, served.adapter_id, served.stored.path]
