@@ -20,6 +20,8 @@ from hydraserve.errors import EngineError
 # An engine start takes about a minute on two cores, several when the machine is busy.
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
+# vLLM's processes take about ten seconds to take themselves apart, which nobody needs to wait for.
+HURRY_S = 1.0
 
 # Arguments of the Python interpreter that start a server. vLLM's own is what the benchmark compares with: nothing of
 # ours runs in it (with HYDRASERVE_PLUGIN=0), not even the command line.
@@ -97,13 +99,17 @@ class ServerProcess:
         except (urllib.error.URLError, OSError):
             return False
 
-    def stop(self, sig: signal.Signals = signal.SIGTERM, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Signal the server, wait, and kill what is left of it; returns its exit status."""
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S, hurry_s: float | None = None) -> int:
+        """Signal the server, wait, and kill what is left of it; returns its exit status.
+
+        hurry_s: the second signal, on which a server ends at once, comes after so many seconds; None: never.
+        """
         assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(sig)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout_s)
+        for seconds in (timeout_s,) if hurry_s is None else (hurry_s, timeout_s):
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
@@ -116,4 +122,4 @@ class ServerProcess:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.stop()
+        self.stop(hurry_s=HURRY_S)
