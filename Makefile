@@ -35,7 +35,7 @@ serve: ## serve MODEL (demo: an embedded small model) with ADAPTERS (default: ex
 
 test: ## all tests; ARGS goes to pytest, for example ARGS="tests/adapters -x"
 	$(INSTALL) dev
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) $(ARGS)
 
 lint: ## ruff, mypy, the layer contracts, and what is in deploy/
 	$(INSTALL) dev

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own takes the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests several processes (pytest -n) must not divide: those of one file, and all that start engines, which
-    share servers and measure times."""
-    for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group("engines" if {"e2e", "deploy"} & {*item.path.parts} else str(item.path))
-        )
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests several processes (pytest -n) do not divide: those of one file, and all that start engines, which
+    share servers and measure times. Not xdist's own groups: those of xdist 3.8 do nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "engines" if file.startswith(("tests/e2e/", "tests/deploy/")) else file
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
