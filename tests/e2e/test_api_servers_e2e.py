@@ -20,7 +20,7 @@ from hydraserve.bench.usage import session_processes
 
 PROMPT = range(5, 45)
 LAYERS = 2
-LONGEST = 4096
+LONGEST = 16384
 CONNECTIONS = 12
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -153,9 +153,11 @@ def test_metrics_are_those_of_all(server: ServerProcess, client: AdapterClient) 
     shown = [a.text for a in of_both(server, lambda http: http.get("/metrics"))]
     assert all("\nvllm:lora_requests_info{" in text for text in shown)
 
-    streams = [Stream(server.url, completion("first", PROMPT, 1000, stream=True)) for _ in range(CONNECTIONS)]
+    streams = [
+        Stream(server.url, completion("first", PROMPT, 3500, stream=True), wait=False) for _ in range(CONNECTIONS)
+    ]
     running = "hydraserve_adapter_requests_running"
-    wait_for(lambda: samples(client, running, adapter="first") == CONNECTIONS, "requests run", 10)
+    wait_for(lambda: samples(client, running, adapter="first") > 2, "requests run")
     for stream in streams:
         stream.join(60)
     wait_for(lambda: samples(client, running, adapter="first") == 0, "they ended", 10)
@@ -173,8 +175,8 @@ def test_a_forced_removal_ends_requests_of_both(
     server: ServerProcess, client: AdapterClient, tiny_adapters: list[Path]
 ) -> None:
     client.add("doomed", tiny_adapters[2])
-    body = completion("doomed", PROMPT, 4000, stream=True)
-    streams = [Stream(server.url, body, wait=False) for _ in range(CONNECTIONS)]
+    body = completion("doomed", PROMPT, 16000, stream=True)
+    streams = [Stream(server.url, body, wait=False) for _ in range(6)]
     assert all(stream.running.wait(30) for stream in streams)
     client.remove("doomed", force=True)
     for stream in streams:
