@@ -153,9 +153,7 @@ def test_metrics_are_those_of_all(server: ServerProcess, client: AdapterClient) 
     shown = [a.text for a in of_both(server, lambda http: http.get("/metrics"))]
     assert all("\nvllm:lora_requests_info{" in text for text in shown)
 
-    streams = [
-        Stream(server.url, completion("first", PROMPT, 3500, stream=True), wait=False) for _ in range(CONNECTIONS)
-    ]
+    streams = [Stream(server.url, completion("first", PROMPT, 4000, stream=True), wait=False) for _ in range(6)]
     running = "hydraserve_adapter_requests_running"
     wait_for(lambda: samples(client, running, adapter="first") > 2, "requests run")
     for stream in streams:
@@ -189,7 +187,7 @@ def test_a_forced_removal_ends_requests_of_both(
 
 def test_the_end(server: ServerProcess) -> None:
     """The last: SIGTERM lets requests of both processes finish. No process stays."""
-    streams = [Stream(server.url, completion("first", PROMPT, 1000, stream=True)) for _ in range(CONNECTIONS)]
+    streams = [Stream(server.url, completion("first", PROMPT, 300, stream=True)) for _ in range(6)]
     assert server.process is not None
     server.process.send_signal(signal.SIGTERM)
     for stream in streams:
