@@ -211,9 +211,7 @@ def measure_first_token(base: str, folder: Path) -> dict[str, Any]:
             server.add(name, folder / "small" / name)
         server.run(names * 2, 4, 1)
         for _ in range(4):
-            for (
-                name
-            ) in names:  # each has left its slot when it is asked for again, and is in one for the second request
+            for name in names:  # it has left its slot since it was last asked for; for the second request it is in one
                 first, second = server.run([name, name], 4, 1)
                 host.append(first.ttft)
                 slot.append(second.ttft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,12 @@ class _Module(Protocol):
     def out_features(self) -> int: ...
 
 
-class _Sizes:
+class _Sizes(ABC):
     """Properties of an adapter that follow from its modules' layouts."""
 
+    @abstractmethod
     def _modules(self) -> Mapping[str, _Module]:
-        raise NotImplementedError
+        """Path of each module -> what is there."""
 
     @property
     def layouts(self) -> set[Layout]:

@@ -46,7 +46,9 @@ def look(directory: Path) -> dict[str, Found]:
         paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
     except OSError as error:
         # A directory that cannot be read at the moment is no wish to serve nothing.
-        raise AdapterError(f"--adapter-dir {directory}", got=error.strerror or error, expected="a folder") from error
+        raise AdapterError(
+            f"--adapter-dir {directory}", got=error.strerror or error, expected="a folder", fix="make it readable"
+        ) from error
     for path in paths:
         try:
             if path.is_dir():

@@ -126,7 +126,9 @@ def check_integers(body: bytes) -> None:
 
 def _parse_integer(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise InvalidRequestError("body", got=f"the number {text[:30]}...", expected="integers of 64 bits")
+        raise InvalidRequestError(
+            "body", got=f"the number {text[:30]}...", expected="integers of 64 bits", fix="send smaller ones"
+        )
     return int(text)
 
 

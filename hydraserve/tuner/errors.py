@@ -6,7 +6,10 @@ from hydraserve.errors import HydraServeError
 
 
 class MergeError(HydraServeError, NotImplementedError):
-    """Raised where PEFT would fold an adapter into the base weights, which HydraLoRA does not allow."""
+    """Raised where PEFT would fold an adapter into the base weights, which HydraLoRA does not allow.
+
+    Also a NotImplementedError, because that is what PEFT's own methods without merging raise, and callers catch.
+    """
 
     @classmethod
     def new(cls) -> MergeError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from hydraserve.adapters.synthetic import make_adapter, save_adapter
 from hydraserve.models import base_shapes
@@ -91,6 +92,12 @@ class AdapterClient:
 
     def names(self) -> list[str]:
         return [card["name"] for card in self.list()["data"]]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return sum(s.value for s in samples if all(s.labels.get(key) == value for key, value in labels.items()))
 
     def remove_all(self) -> None:
         for name in self.names():

@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import pytest
 from adapter_client import AdapterClient, Answer, answer_of, completion, wait_for
-from prometheus_client.parser import text_string_to_metric_families
 from stream import Stream
 
 from hydraserve.bench.process import ServerProcess
@@ -61,12 +60,6 @@ def of_both(server: ServerProcess, call: Callable[[httpx.Client], httpx.Response
 def complete(server: ServerProcess, model: str, tokens: int = 8) -> list[Answer]:
     body = completion(model, PROMPT, tokens)
     return [answer_of(a) for a in of_both(server, lambda client: client.post("/v1/completions", json=body))]
-
-
-def samples(client: AdapterClient, name: str, **labels: str) -> float:
-    families = text_string_to_metric_families(client.http.get("/metrics").text)
-    found = [s for family in families for s in family.samples if s.name == name]
-    return sum(s.value for s in found if all(s.labels.get(key) == value for key, value in labels.items()))
 
 
 def processes(server: ServerProcess) -> list[int]:
@@ -138,28 +131,28 @@ def test_more_adapters_than_slots_take_turns(
 
 def test_metrics_are_those_of_all(server: ServerProcess, client: AdapterClient) -> None:
     series = {"adapter": "first", "module": "q_proj"}
-    requests = samples(client, "hydraserve_adapter_requests_total", adapter="first")
-    routed = samples(client, "hydraserve_router_tokens_total", **series)
+    requests = client.metric("hydraserve_adapter_requests_total", adapter="first")
+    routed = client.metric("hydraserve_router_tokens_total", **series)
     complete(server, "first", tokens=8)
     tokens = CONNECTIONS * (len(PROMPT) + 8 - 1)
     wait_for(
-        lambda: samples(client, "hydraserve_router_tokens_total", **series) == routed + LAYERS * tokens,
+        lambda: client.metric("hydraserve_router_tokens_total", **series) == routed + LAYERS * tokens,
         "the counts",
         10,
     )
-    assert samples(client, "hydraserve_adapter_requests_total", adapter="first") == requests + CONNECTIONS
-    weights = samples(client, "hydraserve_router_weight_total", **series)
-    assert weights == pytest.approx(samples(client, "hydraserve_router_tokens_total", **series), rel=1e-4)
+    assert client.metric("hydraserve_adapter_requests_total", adapter="first") == requests + CONNECTIONS
+    weights = client.metric("hydraserve_router_weight_total", **series)
+    assert weights == pytest.approx(client.metric("hydraserve_router_tokens_total", **series), rel=1e-4)
     shown = [a.text for a in of_both(server, lambda http: http.get("/metrics"))]
     assert all("\nvllm:lora_requests_info{" in text for text in shown)
 
     streams = [Stream(server.url, completion("first", PROMPT, 4000, stream=True), wait=False) for _ in range(6)]
     running = "hydraserve_adapter_requests_running"
-    wait_for(lambda: samples(client, running, adapter="first") > 2, "requests run")
+    wait_for(lambda: client.metric(running, adapter="first") > 2, "requests run")
     for stream in streams:
         stream.join(60)
-    wait_for(lambda: samples(client, running, adapter="first") == 0, "they ended", 10)
-    assert samples(client, "hydraserve_adapter_requests_waiting") == 0
+    wait_for(lambda: client.metric(running, adapter="first") == 0, "they ended", 10)
+    assert client.metric("hydraserve_adapter_requests_waiting") == 0
 
 
 def test_a_trace_through_either_process(server: ServerProcess) -> None:

@@ -125,13 +125,13 @@ def test_affinity_keeps_adapters_in_their_slots(
 
 def test_streams_pass_the_proxy_piece_by_piece(replicas: list[ServerProcess], names: list[str], tmp_path: Path) -> None:
     with proxy(tmp_path / "nginx", replicas, by_model=True) as url:
-        body = completion(names[0], PROMPT, 2000, stream=True)
+        body, begun = completion(names[0], PROMPT, 2000, stream=True), time.monotonic()
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: {")
             first = time.monotonic()
             assert [line for line in lines if line][-1] == "data: [DONE]"
-            assert time.monotonic() - first > 0.2, "the first piece came before the last"
+            assert time.monotonic() - first > first - begun, "most of the time passes after the first piece"
 
 
 def lora_requests_info(replica: ServerProcess) -> dict[str, str]:

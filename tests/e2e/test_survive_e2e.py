@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from adapter_client import AdapterClient, completion, wait_for
-from prometheus_client.parser import text_string_to_metric_families
 from raw_client import ask, connect, post_json, read_all
 from stream import Stream
 
@@ -35,15 +34,8 @@ def client(tiny_server: ServerProcess) -> Iterator[AdapterClient]:
     assert tiny_server.process.poll() is None
 
 
-def metric(client: AdapterClient, name: str, **labels: str) -> float:
-    """The sum of a metric's samples with these labels."""
-    families = text_string_to_metric_families(client.http.get("/metrics").text)
-    samples = [sample for family in families for sample in family.samples if sample.name == name]
-    return sum(s.value for s in samples if all(s.labels.get(key) == value for key, value in labels.items()))
-
-
 def is_idle(client: AdapterClient) -> bool:
-    return metric(client, "vllm:num_requests_running") + metric(client, "vllm:num_requests_waiting") == 0
+    return client.metric("vllm:num_requests_running") + client.metric("vllm:num_requests_waiting") == 0
 
 
 def test_an_unreadable_state_is_kept_and_the_server_starts(tiny_server: ServerProcess, unreadable_state: Path) -> None:
@@ -64,14 +56,14 @@ def test_a_client_that_goes_away_frees_what_it_took(
 ) -> None:
     client.complete("first", PROMPT, 2)
     before = client.list()["residency"]["kv_blocks_free"]
-    ended = metric(client, "hydraserve_adapter_requests_total", adapter="first")
-    aborted = metric(client, "hydraserve_adapter_requests_total", adapter="first", outcome="abort")
+    ended = client.metric("hydraserve_adapter_requests_total", adapter="first")
+    aborted = client.metric("hydraserve_adapter_requests_total", adapter="first", outcome="abort")
     connection = connect(tiny_server.url)
     connection.sendall(post_json(completion("first", PROMPT, 460, stream=stream, n=AT_ONCE, temperature=1)))
     wait_for(lambda: client.get("first")["requests_running"] > 0, "the request runs")
     connection.close()
-    wait_for(lambda: metric(client, "hydraserve_adapter_requests_total", adapter="first") > ended, "it ended")
-    assert metric(client, "hydraserve_adapter_requests_total", adapter="first", outcome="abort") > aborted
+    wait_for(lambda: client.metric("hydraserve_adapter_requests_total", adapter="first") > ended, "it ended")
+    assert client.metric("hydraserve_adapter_requests_total", adapter="first", outcome="abort") > aborted
     assert client.list()["residency"]["kv_blocks_free"] == before
 
 
@@ -97,7 +89,7 @@ def test_half_requests_take_no_place(tiny_server: ServerProcess, client: Adapter
     for i, connection in enumerate(half_open):
         connection.sendall(pieces[i % len(pieces)])
     assert client.complete("first", PROMPT, 2).status == 200
-    assert metric(client, "vllm:num_requests_running") == 0
+    assert client.metric("vllm:num_requests_running") == 0
     for connection in half_open:
         connection.close()
 
@@ -203,7 +195,7 @@ def test_clock_jumps_then_a_dead_engine_then_a_restart_then_a_drain(
             assert (answer.status, answer.tokens) == (200, tokens), jump
             running.join(60)
             assert running.pieces[-1] == "[DONE]", jump
-        durations = metric(client, "hydraserve_adapter_request_duration_seconds_sum")
+        durations = client.metric("hydraserve_adapter_request_duration_seconds_sum")
         assert 0 < durations < 600, "a jump of the clock is no duration"
 
         running = stream(server, 460)

@@ -24,7 +24,7 @@ from hydraserve.server.api_servers.forward import ForwardMiddleware
 from hydraserve.server.api_servers.front import FoundAdapters, Front
 from hydraserve.server.api_servers.keeper import Keeper
 from hydraserve.server.keys import KeyRing, Principal
-from hydraserve.server.served import RequestScope, current_scope
+from hydraserve.server.served import RequestScope, ServedAdapter, current_scope
 from hydraserve.server.service import AdapterService
 
 
@@ -100,6 +100,13 @@ def request_of(name: str = "anyone", adapters: tuple[str, ...] = ("*",)) -> Iter
         scope.end()
 
 
+async def three(pair: Pair, versions: list[Path]) -> list[ServedAdapter]:
+    """Adapters: one more than there are slots."""
+    for i in range(3):
+        await pair.service.add(f"a{i}", str(versions[i]))
+    return [pair.service.current[f"a{i}"] for i in range(3)]
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():
@@ -164,9 +171,7 @@ def test_errors_come_over(run: Run, versions: list[Path]) -> None:
 
 def test_turns_are_those_of_all_processes(run: Run, versions: list[Path]) -> None:
     async def test(pair: Pair) -> None:
-        for i in range(3):
-            await pair.service.add(f"a{i}", str(versions[i]))
-        served = [pair.service.current[f"a{i}"] for i in range(3)]
+        served = await three(pair, versions)
         ends = [asyncio.Event() for _ in range(3)]
         inside: list[int] = []
 
@@ -195,9 +200,7 @@ def test_turns_are_those_of_all_processes(run: Run, versions: list[Path]) -> Non
 
 def test_who_gives_up_leaves_no_trace(run: Run, versions: list[Path]) -> None:
     async def test(pair: Pair) -> None:
-        for i in range(3):
-            await pair.service.add(f"a{i}", str(versions[i]))
-        served = [pair.service.current[f"a{i}"] for i in range(3)]
+        served = await three(pair, versions)
 
         async def request(i: int) -> None:
             async with pair.front.admit(served[i].adapter_id, served[i].label, f"r{i}"):
@@ -228,7 +231,7 @@ def test_what_a_lost_front_used_is_free(run: Run, versions: list[Path]) -> None:
                 await until(lambda: not served.in_use)
                 assert await asyncio.to_thread(pair.keeper.wait_for_fronts, 20)
         assert pair.service.turnstile.active == 0
-        with pytest.raises(EngineError, match="ended"):
+        with pytest.raises(EngineError, match="got its end"):
             await pair.front.count(Principal("x", rate=1))
 
     run(test)

@@ -82,7 +82,10 @@ def check_remote(source: str, policy: SourcePolicy) -> None:
     path = unquote(source.partition("?")[0]).replace("\\", "/")
     if "::" in path or "/../" in f"{path}/" or not path.isprintable():
         raise SourceForbiddenError(
-            "source", got=without_secrets(source), expected="a URL without '..', '::' and control characters"
+            "source",
+            got=without_secrets(source),
+            expected="a URL without '..', '::' and control characters",
+            fix="write the URL of the adapter itself",
         )
 
 
@@ -103,10 +106,15 @@ class _Remote:
             file_system, path = fsspec.core.url_to_fs(self._url, **options)
         except (ImportError, ValueError) as error:
             raise SourceError(
-                f"{scheme}://", got=self._scrub(error), expected="a scheme that fsspec has a file system for"
+                f"{scheme}://",
+                got=self._scrub(error),
+                expected="a scheme that fsspec has a file system for",
+                fix="install the package that the message names, or use another scheme",
             ) from error
         if "file" in _protocols(file_system) or "local" in _protocols(file_system):
-            raise SourceForbiddenError("source", got=self._shown, expected="a path, for a folder of this machine")
+            raise SourceForbiddenError(
+                "source", got=self._shown, expected="a path, for a folder of this machine", fix="give the path alone"
+            )
         return file_system, path
 
     def list_files(self) -> list[RemoteFile]:

@@ -12,7 +12,7 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydraserve.errors import BusyError
-from hydraserve.server.api_servers.keeper import CLIENT_HEADER
+from hydraserve.server.api_servers.link import CLIENT_HEADER
 from hydraserve.server.errors import error_response
 
 if TYPE_CHECKING:

@@ -16,14 +16,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hydraserve import errors
 from hydraserve.adapters.runtime import RequestHooks
 from hydraserve.errors import EngineError, HydraServeError
-from hydraserve.server.api_servers.link import HTTP_SOCKET, LONGEST_MESSAGE, SOCKET, messages, write
+from hydraserve.server.api_servers.link import CLIENT_HEADER, HTTP_SOCKET, LONGEST_MESSAGE, SOCKET, messages, write
 from hydraserve.server.keys import KeyRing, Principal
 from hydraserve.server.served import ServedAdapter
 
 logger = logging.getLogger("hydraserve.server")
 
-# Set by a front on what it hands on: who sent the request.
-CLIENT_HEADER = b"x-hydraserve-client"
 # Request ids that are told to the fronts in one message.
 _IDS_PER_MESSAGE = 1000
 
@@ -65,7 +63,10 @@ class Keeper:
             uds=str(self._folder / HTTP_SOCKET),
             lifespan="off",
             log_config=None,
-            access_log=False,
+            # What the front's own server does already.
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
         )
         self._http = _QuietServer(config)
         self._serving = asyncio.create_task(self._http.serve())
@@ -207,7 +208,8 @@ class _Use:
             answer(None, errors.pack(error))
         except Exception as error:
             logger.exception("a call of another API server process failed")
-            answer(None, errors.pack(EngineError("API server processes", got=repr(error), expected="no error")))
+            failed = EngineError("API server processes", got=repr(error), expected="no error", fix="see the log")
+            answer(None, errors.pack(failed))
 
 
 class _QuietServer(uvicorn.Server):

@@ -14,6 +14,8 @@ from hydraserve import errors
 from hydraserve.errors import EngineError
 
 SOCKET, HTTP_SOCKET = "link.sock", "http.sock"
+# Set by a front on the HTTP requests that it hands on: who sent them.
+CLIENT_HEADER = b"x-hydraserve-client"
 
 # Bytes of the longest message; paths and names are much shorter.
 LONGEST_MESSAGE = 1 << 20
@@ -53,7 +55,7 @@ class Link:
     async def call(self, method: str, *arguments: Any) -> Any:
         """The answer. Raises the HydraServeError that the other end raised, or EngineError when it is gone."""
         if self._closed:
-            raise _lost("that it has ended")
+            raise _lost("its end")
         number = next(self._numbers)
         answer = self._calls[number] = asyncio.get_running_loop().create_future()
         write(self._writer, [number, method, *arguments])
@@ -88,7 +90,7 @@ class Link:
             self._writer.close()
             for answer in self._calls.values():
                 if not answer.done():
-                    answer.set_exception(_lost("that it has ended"))
+                    answer.set_exception(_lost("its end"))
 
 
 async def messages(reader: asyncio.StreamReader) -> Any:
