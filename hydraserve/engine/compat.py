@@ -7,6 +7,7 @@ with an error that names both versions.
 from __future__ import annotations
 
 import importlib
+import time
 from functools import cached_property, partial, partialmethod, wraps
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from hydraserve.config import debug
 from hydraserve.errors import MissingSymbolError, VersionError
 
 SUPPORTED = "0.32"
+WAIT = 50e-6  # seconds between two looks at what another process of the engine has written
 
 _applied = False
 
@@ -30,6 +32,7 @@ def apply() -> None:
     _use_our_punica_wrapper()
     _compile_with_adapters_on_cpu()
     _make_pipeline_buffers_on_cpu()
+    _sleep_while_waiting_on_cpu()
     _end_engine_processes_quietly()
     _admit_requests_through_hooks()
     _wait_before_names_are_looked_up()
@@ -153,6 +156,20 @@ def _make_pipeline_buffers_on_cpu() -> None:
             )
 
     runner.load_model = load_model
+
+
+def _sleep_while_waiting_on_cpu() -> None:
+    """Cause: the engine process and its workers wait for one another by calling sched_yield in a loop. On a CPU they
+    do it on the cores that compute and answer, and Linux counts every yield as time used up: beside other work, those
+    processes, or the server beside them, then get no core for seconds (kernel 6.18; `/metrics` took 1.4 s with one
+    request running, and takes 0.02 s with this). Steps of a real model take as long as before.
+
+    Remove when: vLLM's `SpinCondition` blocks, or can be told to.
+    """
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        broadcast = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
+        _symbol(broadcast, "sched_yield")
+        broadcast.sched_yield = partial(time.sleep, WAIT)  # type: ignore[attr-defined]
 
 
 def _end_engine_processes_quietly() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import types
 
 import pytest
 import vllm
+import zmq
 
 from hydraserve.engine import compat, plugin
 from hydraserve.engine.layers import LAYER_CLASSES
@@ -34,6 +36,16 @@ def test_a_renamed_symbol_is_named_with_both_versions() -> None:
     assert "vllm.gone.Something" in message
     assert vllm.__version__ in message
     assert compat.SUPPORTED in message
+
+
+def test_processes_of_the_engine_sleep_while_they_wait_on_cpu() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    compat.apply()
+    condition, begun = SpinCondition(True, zmq.Context.instance(), "inproc://nobody-writes"), time.monotonic()
+    for _ in range(100):
+        condition.wait()
+    assert time.monotonic() - begun >= 100 * compat.WAIT
 
 
 def test_plugin_may_run_twice_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
