@@ -5,8 +5,10 @@
 Starts a server on the demo model, learns what each adapter answers when nothing else
 runs, and then asks from several clients at once: streams, whole answers, samples, chats, requests that are given up
 half-way, for adapters that another task adds, replaces and removes meanwhile. Every greedy answer carries the digest of
-the content that it was computed with and is compared with what that content answers alone. Memory is the proportional
-share of all the server's processes; its slope is fitted over the second half of the run, when caches are full.
+the content that it was computed with and is compared with what that content answers alone. Memory is what all the
+server's processes have allocated. What adapters take goes up and down with them, so at the end of each round everything is
+brought to rest, no request and no adapter of the traffic left; the slope is fitted over these moments in the second
+half of the run, when caches are full.
 
 Exit status 0 only when no answer was wrong, none was a 5xx, and memory grew by less than --max-slope.
 """
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,13 @@ from hydraserve.models import base_shapes, resolve_model
 HEADER = "x-hydraserve-adapter"
 NAMES, CONTENTS, TOKENS = 6, 8, 6
 PROMPTS = tuple(tuple((7 * i * j + 11 * i + 3) % 500 + 5 for j in range(36 + 9 * i)) for i in range(1, 5))
-SAMPLE_S = 2.0
+SAMPLE_S, ROUND_S, SETTLE_S = 2.0, 60.0, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
 class Soak:
-    """What happened. memory: (seconds since the start, bytes)."""
+    """What happened. memory, at_rest: (seconds since the start, bytes), all the time and at the end of each round."""
 
     answers: int = 0
     compared: int = 0
@@ -55,14 +57,15 @@ class Soak:
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    at_rest: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def server_errors(self) -> int:
         return sum(count for status, count in self.statuses.items() if status >= 500)
 
     def slope(self) -> float:
-        """Bytes an hour, over the second half; 0 without enough samples."""
-        later = self.memory[len(self.memory) // 2 :]
+        """Bytes an hour at rest, over the second half; 0 without enough rounds."""
+        later = self.at_rest[len(self.at_rest) // 2 :]
         if len(later) < 3:
             return 0.0
         seconds, bytes_ = np.array(later, dtype=np.float64).T
@@ -98,12 +101,17 @@ class Traffic:
         answer = (await self.http.post("/v1/completions", json=greedy(model, PROMPTS[prompt]))).raise_for_status()
         return tuple(answer.json()["choices"][0]["token_ids"]), digest_of(answer)
 
-    async def run(self, seconds: float, clients: int) -> None:
-        end = time.monotonic() + seconds
-        seeds = range(1, clients + 1)
-        await asyncio.gather(*(self._client(end, random.Random(seed)) for seed in seeds), self._changes(end))
-        for name in self.names:
-            await self.http.delete(f"/v1/adapters/{name}")
+    async def rounds(self, seconds: float, round_s: float, clients: int) -> AsyncIterator[None]:
+        """Traffic for so long; yields at the end of each round, when all is at rest."""
+        changes, *asks = (random.Random(seed) for seed in range(clients + 1))
+        over = time.monotonic() + seconds
+        while time.monotonic() < over:
+            end = min(over, time.monotonic() + round_s)
+            await asyncio.gather(*(self._client(end, rng) for rng in asks), self._changes(end, changes))
+            for name in self.names:
+                await self.http.delete(f"/v1/adapters/{name}", params={"wait": True})
+            await asyncio.sleep(SETTLE_S)  # requests that were given up, memory that is given back
+            yield
 
     async def _client(self, end: float, rng: random.Random) -> None:
         kinds = (self._whole, self._stream, self._sampled, self._chat, self._give_up)
@@ -164,8 +172,7 @@ class Traffic:
         if tokens != self.known[digest, prompt]:
             self.soak.wrong.append(f"{digest[:12]} prompt {prompt}: {tokens}, expected {self.known[digest, prompt]}")
 
-    async def _changes(self, end: float) -> None:
-        rng = random.Random(0)
+    async def _changes(self, end: float, rng: random.Random) -> None:
         while time.monotonic() < end:
             name, source = rng.choice(self.names), str(rng.choice(self.sources))
             path = f"/v1/adapters/{name}"
@@ -193,7 +200,9 @@ def digest_of(answer: httpx.Response) -> str:
     return answer.headers.get(HEADER, "").rpartition("@")[2]
 
 
-async def soak(url: str, leader: int, sources: Sequence[Path], seconds: float, clients: int) -> Soak:
+async def soak(
+    url: str, leader: int, sources: Sequence[Path], seconds: float, clients: int, round_s: float = ROUND_S
+) -> Soak:
     """Run it against the server at `url`, whose first process is `leader`."""
     found = Soak()
     async with httpx.AsyncClient(base_url=url, timeout=120) as http:
@@ -201,21 +210,25 @@ async def soak(url: str, leader: int, sources: Sequence[Path], seconds: float, c
         await traffic.learn()
         started = time.monotonic()
 
-        async def sample() -> None:
+        async def sample() -> tuple[float, int]:
+            return time.monotonic() - started, await asyncio.to_thread(lambda: memory(leader).allocated)
+
+        async def sample_always() -> None:
             while True:
-                found.memory.append((time.monotonic() - started, await asyncio.to_thread(lambda: memory(leader).pss)))
+                found.memory.append(await sample())
                 await asyncio.sleep(SAMPLE_S)
 
-        sampling = asyncio.create_task(sample())
+        sampling = asyncio.create_task(sample_always())
         try:
-            await traffic.run(seconds, clients)
+            async for _ in traffic.rounds(seconds, round_s, clients):
+                found.at_rest.append(await sample())
         finally:
             sampling.cancel()
     return found
 
 
 def report(found: Soak, seconds: float) -> dict[str, Any]:
-    sizes = [size for _, size in found.memory]
+    sizes = [size >> 20 for _, size in found.memory]
     return {
         "seconds": round(seconds),
         "answers": found.answers,
@@ -226,7 +239,8 @@ def report(found: Soak, seconds: float) -> dict[str, Any]:
         "wrong": len(found.wrong),
         "first_wrong": found.wrong[:5],
         "server_errors": found.server_errors,
-        "memory_mib": {"first": sizes[0] >> 20, "last": sizes[-1] >> 20, "largest": max(sizes) >> 20},
+        "memory_mib": {"first": sizes[0], "last": sizes[-1], "largest": max(sizes)},
+        "memory_at_rest_mib": [size >> 20 for _, size in found.at_rest],
         "memory_slope_mib_per_hour": round(found.slope() / 2**20, 2),
         "provenance": provenance(),
     }

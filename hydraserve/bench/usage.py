@@ -16,11 +16,14 @@ _SESSION, _UTIME, _STIME = 3, 11, 12
 class Memory:
     """Bytes of main memory of a group of processes.
 
-    pss:  now, pages that several processes share counted once.
-    peak: the largest resident size each process ever had, added up; shared pages count in each.
+    pss:       now, pages that several processes share counted once.
+    allocated: the part of pss that no file stands behind: what the processes asked for. Only this can leak; the rest
+               also changes when another program that maps the same libraries starts or ends.
+    peak:      the largest resident size each process ever had, added up; shared pages count in each.
     """
 
     pss: int
+    allocated: int
     peak: int
 
 
@@ -32,11 +35,12 @@ def session_processes(leader: int) -> list[int]:
 
 def memory(leader: int) -> Memory:
     """Of a whole session. Reading it walks the page tables, so do it between runs, not during them."""
-    pss = peak = 0
+    pss = allocated = peak = 0
     for pid in session_processes(leader):
         pss += _kib(pid, "smaps_rollup", "Pss:")
+        allocated += _kib(pid, "smaps_rollup", "Pss_Anon:") + _kib(pid, "smaps_rollup", "Pss_Shmem:")
         peak += _kib(pid, "status", "VmHWM:")
-    return Memory(pss * 1024, peak * 1024)
+    return Memory(pss * 1024, allocated * 1024, peak * 1024)
 
 
 def processor_seconds(leader: int) -> float:

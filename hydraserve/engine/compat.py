@@ -7,8 +7,8 @@ with an error that names both versions.
 from __future__ import annotations
 
 import importlib
-import time
 from functools import cached_property, partial, partialmethod, wraps
+from select import select
 from types import ModuleType
 from typing import Any
 
@@ -169,7 +169,7 @@ def _sleep_while_waiting_on_cpu() -> None:
     if importlib.import_module("vllm.platforms").current_platform.is_cpu():
         broadcast = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
         _symbol(broadcast, "sched_yield")
-        broadcast.sched_yield = partial(time.sleep, WAIT)  # type: ignore[attr-defined]
+        broadcast.sched_yield = partial(select, (), (), (), WAIT)  # type: ignore[attr-defined]
 
 
 def _end_engine_processes_quietly() -> None:

@@ -86,6 +86,7 @@ def tiny_server(
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--slots", "4", "--max-adapters", "8"]
     arguments += ["--max-rank", "8", "--max-heads", "4", "--max-queued-requests", "100", "--max-body-mib", "1"]
+    arguments += ["--num-gpu-blocks-override", "64"]  # a pool that is soon used whole: then memory has no cause to grow
     arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
     for name, path in zip(("first", "second"), tiny_adapters, strict=False):
         arguments += ["--adapter", f"{name}={path}"]
