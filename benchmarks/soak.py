@@ -6,9 +6,9 @@ Starts a server on the demo model, learns what each adapter answers when nothing
 runs, and then asks from several clients at once: streams, whole answers, samples, chats, requests that are given up
 half-way, for adapters that another task adds, replaces and removes meanwhile. Every greedy answer carries the digest of
 the content that it was computed with and is compared with what that content answers alone. Memory is what all the
-server's processes have allocated. What adapters take goes up and down with them, so at the end of each round everything is
-brought to rest, no request and no adapter of the traffic left; the slope is fitted over these moments in the second
-half of the run, when caches are full.
+server's processes have allocated. What adapters take goes up and down with them, so at the end of each round
+everything is brought to rest, no request and no adapter of the traffic left; the slope is fitted over these moments in
+the second half of the run, when caches are full.
 
 Exit status 0 only when no answer was wrong, none was a 5xx, and memory grew by less than --max-slope.
 """
