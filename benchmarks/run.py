@@ -55,6 +55,11 @@ BENCH: dict[str, tuple[str, str, int]] = {
         "--shape 8x4,16x8 --adapters 1,4,8,16 --arms off,base-only,hydra --batch 1,8,32 --waves 1 --repeats 3",
         20,
     ),
+    "sixteen": (
+        "16 different adapters against one in a batch of 32",
+        "--shape 8x4 --adapters 1,16 --arms off,hydra --batch 32 --waves 2 --repeats 7",
+        8,
+    ),
     "reference": (
         "against the authors' computation in transformers",
         "--shape 8x4 --adapters 1,8 --arms off,hydra,reference --batch 8 --waves 1 --repeats 3",

@@ -38,7 +38,7 @@ TARGETS = (
     *(Target("TPOT, base only / LoRA off", "adapter-cost", "base-only", "off", n, TPOT, 1.03) for n in (1, 8, 32)),
     Target("tok/s, one adapter / vLLM's LoRA r32", "plain-lora", ONE, "lora-r32-1", 8, TOKENS, 5.0, at_least=True),
     Target("TTFT of 512 tokens, one adapter / LoRA off", "prefill", ONE, "off", 1, TTFT, 1.15),
-    Target("tok/s, 16 adapters / 1 adapter", "adapters", "hydra-r8-e4-16", ONE, 32, TOKENS, 0.90, at_least=True),
+    Target("tok/s, 16 adapters / 1 adapter", "sixteen", "hydra-r8-e4-16", ONE, 32, TOKENS, 0.90, at_least=True),
     Target("tok/s, 1 adapter / transformers", "reference", ONE, "reference-1", 8, TOKENS, 3.0, at_least=True),
     Target("tok/s, 8 adapters / transformers", "reference", EIGHT, "reference-8", 8, TOKENS, 12.0, at_least=True),
 )
