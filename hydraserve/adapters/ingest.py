@@ -29,8 +29,8 @@ from hydraserve.errors import AdapterError, UnreadableFileError
 # Reading 16 GiB from a slow network disk takes minutes; anything longer hangs.
 READ_TIMEOUT_S = 1800.0
 _PR_SET_PDEATHSIG = 1
-# Lower than the server and the engine, which share the machine's cores with the reader.
-_NICENESS = 10
+# The lowest: the server and the engine share the machine's cores with the reader.
+_NICENESS = 19
 
 
 def ingest(path: Path, store: Path, requirements: Requirements) -> StoredAdapter:

@@ -22,9 +22,9 @@ from typing import Any
 import safetensors.torch
 import torch
 from hydra_kernels import HydraWeights, Layout
-from safetensors import SafetensorError
 
 from hydraserve.adapters.files import open_regular, unreadable
+from hydraserve.adapters.tensors import SAFETENSORS_DTYPES
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import StorageError, UnreadableFileError
 
@@ -171,26 +171,39 @@ def read_stored(path: Path | str, digest: str | None = None) -> HydraAdapter:
     expected = path.name.removesuffix(_SUFFIX) if digest is None else digest
     try:
         with open_regular(path) as file:
-            data = file.read()
+            data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+            file.readinto(data.numpy())  # type: ignore[attr-defined]
         adapter = _parse(data, path)
     except OSError as error:
         raise unreadable(path, error) from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _damaged(path, f"a file that cannot be read ({error})") from error
     if adapter.digest != expected:
         raise _damaged(path, f"content with digest {adapter.digest}")
     return adapter
 
 
-def _parse(data: bytes, path: Path) -> HydraAdapter:
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
-    tensors = safetensors.torch.load(data)
+def _parse(data: torch.Tensor, path: Path) -> HydraAdapter:
+    """The adapter, its tensors views of `data`.
+
+    safetensors' own `load` copies everything in one call that holds Python's lock: a model that runs in another
+    thread of the process would stand still for tens of milliseconds.
+    """
+    text = data.numpy().data
+    start = 8 + int.from_bytes(text[:8], "little")
+    entries = json.loads(bytes(text[8:start]))
+    header = json.loads(entries.pop("__metadata__")[_HEADER])
+    tensors = {name: _view(data, start, entry) for name, entry in entries.items()}
     modules = {
         module: _weights({part: tensors.get(f"{module}.{part}") for part in _TENSORS}, record)
         for module, record in header["modules"].items()
     }
     return HydraAdapter.of(modules, format=header["format"], base_model=header["base_model"], source=path)
+
+
+def _view(data: torch.Tensor, start: int, entry: Mapping[str, Any]) -> torch.Tensor:
+    begin, end = entry["data_offsets"]
+    return data[start + begin : start + end].view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def _weights(tensors: Mapping[str, Any], record: Mapping[str, Any]) -> HydraWeights:

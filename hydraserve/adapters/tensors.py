@@ -32,8 +32,8 @@ from hydraserve.errors import (
     UnsafeFileError,
 )
 
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOATING = frozenset(_SAFETENSORS_DTYPES.values())
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATING = frozenset(SAFETENSORS_DTYPES.values())
 _DAMAGED = "the file is damaged or was not copied whole: copy it again"
 
 
@@ -141,9 +141,9 @@ class SafetensorsFile(TensorFile):
         dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
         if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
             raise self._fault(f"{entry!r} for {name}", "dtype, shape and data_offsets")
-        if dtype not in _SAFETENSORS_DTYPES:
+        if dtype not in SAFETENSORS_DTYPES:
             raise _wrong_dtype(name, dtype)
-        info = TensorInfo(_SAFETENSORS_DTYPES[dtype], shape)
+        info = TensorInfo(SAFETENSORS_DTYPES[dtype], shape)
         if offsets[1] - offsets[0] != info.nbytes:
             raise self._fault(f"{offsets[1] - offsets[0]:,} bytes for {name}", f"{info.nbytes:,} bytes by its shape")
         return info, offsets[1]

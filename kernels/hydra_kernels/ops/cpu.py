@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import accumulate
 
 import torch
 
@@ -43,27 +45,44 @@ class TableField(IntEnum):
     CARRY = 16
 
 
-def pack_a(a: torch.Tensor) -> torch.Tensor:
-    """[A; R] [rows, in] -> [rows/4, in/32, 4, 32], padded with zeros.
+def packed_a_shape(rows: int, n_in: int) -> tuple[int, ...]:
+    """[A; R] [rows, in] is kept as [rows/4, in/32, 4, 32], padded with zeros.
 
     Four rows lie interleaved so that the operator reads one stream, whatever the distance between rows of A.
     """
-    rows, n_in = a.shape
-    padded = torch.nn.functional.pad(a, (0, -n_in % CHUNK, 0, -rows % ROW_GROUP))
-    return padded.view(-1, ROW_GROUP, padded.shape[1] // CHUNK, CHUNK).transpose(1, 2).contiguous()
+    return -(-rows // ROW_GROUP), -(-n_in // CHUNK), ROW_GROUP, CHUNK
 
 
-def pack_b(b: torch.Tensor) -> torch.Tensor:
-    """B [E, out, r] -> [out/64, K/depth, 64, depth], K = E*r, padded with zeros.
+def packed_b_shape(out: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """B [E, out, r] is kept as [out/64, K/depth, 64, depth], K = E*r, padded with zeros.
 
     Columns of y lie side by side, as the operator's vectors run along them. depth is 2 for bfloat16, whose dot
     instruction multiplies pairs of neighbouring k, and 1 otherwise.
     """
+    depth = 2 if dtype is torch.bfloat16 else 1
+    return -(-out // PANEL), -(-k // depth), PANEL, depth
+
+
+def pack_a(a: torch.Tensor, packed: torch.Tensor) -> None:
+    """Write [A; R] into `packed`, zeros of `packed_a_shape`."""
+    rows, n_in = a.shape
+    if rows % ROW_GROUP or n_in % CHUNK:
+        a = torch.nn.functional.pad(a, (0, -n_in % CHUNK, 0, -rows % ROW_GROUP))
+    packed.copy_(a.view(-1, ROW_GROUP, packed.shape[1], CHUNK).transpose(1, 2))
+
+
+def pack_b(b: torch.Tensor, packed: torch.Tensor) -> None:
+    """Write B into `packed`, zeros of `packed_b_shape`."""
     heads, out, rank = b.shape
-    depth = 2 if b.dtype is torch.bfloat16 else 1
-    flat = b.transpose(0, 1).reshape(out, heads * rank)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % depth, 0, -out % PANEL))
-    return padded.view(-1, PANEL, padded.shape[1] // depth, depth).transpose(1, 2).contiguous()
+    panels, steps, _, depth = packed.shape
+    if out % PANEL or rank % depth:
+        flat = b.transpose(0, 1).reshape(out, heads * rank)
+        padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % depth, 0, -out % PANEL))
+        packed.copy_(padded.view(panels, PANEL, steps, depth).transpose(1, 2))
+        return
+    unit = torch.int32 if depth == 2 else b.dtype  # a pair is moved as one number
+    source = b.contiguous().view(unit).view(heads, panels, PANEL, rank // depth)
+    packed.view(unit).view(panels, heads, rank // depth, PANEL).copy_(source.permute(1, 0, 3, 2))
 
 
 class PackedSlots(LayerSlots):
@@ -97,21 +116,26 @@ class PackedSlots(LayerSlots):
         )
 
     def _store(self, slot: int, weights: Sequence[HydraWeights | None]) -> None:
-        parts: list[torch.Tensor] = []
-        for part in weights:
-            if part is not None:
-                parts += [pack_a(part.stacked_a().to("cpu", self.dtype)), pack_b(part.b.to("cpu", self.dtype))]
-                parts.append(torch.zeros(0) if part.bias is None else part.bias.to("cpu", torch.float32))
-        blob, addresses = _join(parts)
-        records = torch.zeros(len(self.out_slices), len(TableField), dtype=torch.int64)
-        start, used = 0, 0
+        shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        for held in filter(None, weights):
+            shapes.append((self.dtype, packed_a_shape(held.layout.z_rows, held.in_features)))
+            shapes.append((self.dtype, packed_b_shape(held.out_features, held.layout.k, self.dtype)))
+            shapes.append((torch.float32, (0,) if held.bias is None else tuple(held.bias.shape)))
+        blob, blocks = _blocks(shapes)
+        records, start, left = [], 0, iter(blocks)
         for i, part in enumerate(weights):
-            if part is not None:
-                records[i] = torch.tensor(self._record(part, addresses[used : used + 3], start, i))
-                used += 3
+            if part is None:
+                records.append([0] * len(TableField))
+            else:
+                a, b, bias = next(left), next(left), next(left)
+                pack_a(part.stacked_a().to("cpu", self.dtype), a)
+                pack_b(part.b.to("cpu", self.dtype), b)
+                if part.bias is not None:
+                    bias.copy_(part.bias)
+                records.append(self._record(part, [block.data_ptr() for block in (a, b, bias)], start, i))
             start += self.out_slices[i]
         self._blobs[slot] = blob
-        self.table[slot] = records
+        self.table[slot] = torch.tensor(records)
 
     def _record(self, weights: HydraWeights, addresses: Sequence[int], start: int, index: int) -> list[int]:
         layout = weights.layout
@@ -169,13 +193,13 @@ def available(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and build.load().isa is not None
 
 
-def _join(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-    """One block of bytes with all parts, each at a multiple of ALIGNMENT, and the address of each."""
-    offsets, end = [], 0
-    for part in parts:
-        offsets.append(end)
-        end += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
-    blob = _arena.take(max(end, ALIGNMENT))
-    for part, offset in zip(parts, offsets, strict=True):
-        blob[offset : offset + part.nbytes] = part.reshape(-1).view(torch.uint8)
-    return blob, [blob.data_ptr() + offset for offset in offsets]
+def _blocks(shapes: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One block of bytes, zeros, and a tensor of each dtype and shape in it, each at a multiple of ALIGNMENT."""
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes]
+    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+    blob = _arena.take(ends[-1] if ends else ALIGNMENT)
+    starts = [0, *ends[:-1]]
+    return blob, [
+        blob[start : start + size].view(dtype).view(shape)
+        for start, size, (dtype, shape) in zip(starts, sizes, shapes, strict=True)
+    ]
