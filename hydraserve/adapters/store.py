@@ -13,11 +13,12 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -29,6 +30,7 @@ from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import StorageError, UnreadableFileError
 
 _SUFFIX = ".safetensors"
+_PIECE, _PAUSE_S = 2 << 20, 0.002
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _HEADER = "hydraserve"
 _TENSORS = ("a", "b", "router", "bias")
@@ -171,8 +173,7 @@ def read_stored(path: Path | str, digest: str | None = None) -> HydraAdapter:
     expected = path.name.removesuffix(_SUFFIX) if digest is None else digest
     try:
         with open_regular(path) as file:
-            data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
-            file.readinto(data.numpy())  # type: ignore[attr-defined]
+            data = _read_gently(file)
         adapter = _parse(data, path)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -181,6 +182,16 @@ def read_stored(path: Path | str, digest: str | None = None) -> HydraAdapter:
     if adapter.digest != expected:
         raise _damaged(path, f"content with digest {adapter.digest}")
     return adapter
+
+
+def _read_gently(file: BinaryIO) -> torch.Tensor:
+    """The file's bytes, uint8. Read in pieces with pauses: a model that runs meanwhile needs the same memory's
+    bandwidth, and one step would wait for all of it."""
+    data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+    for piece in data.split(_PIECE):
+        file.readinto(piece.numpy())  # type: ignore[attr-defined]
+        time.sleep(_PAUSE_S)
+    return data
 
 
 def _parse(data: torch.Tensor, path: Path) -> HydraAdapter:
