@@ -30,7 +30,7 @@ from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import StorageError, UnreadableFileError
 
 _SUFFIX = ".safetensors"
-_PIECE, _PAUSE_S = 2 << 20, 0.002
+_PIECE, _PAUSE_S = 2 << 20, 0.002  # how files are read, see `_read_gently`
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _HEADER = "hydraserve"
 _TENSORS = ("a", "b", "router", "bias")
@@ -188,8 +188,8 @@ def _read_gently(file: BinaryIO) -> torch.Tensor:
     """The file's bytes, uint8. Read in pieces with pauses: a model that runs meanwhile needs the same memory's
     bandwidth, and one step would wait for all of it."""
     data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
-    for piece in data.split(_PIECE):
-        file.readinto(piece.numpy())  # type: ignore[attr-defined]
+    for start in range(0, len(data), _PIECE):
+        file.readinto(data[start : start + _PIECE].numpy())  # type: ignore[attr-defined]
         time.sleep(_PAUSE_S)
     return data
 
