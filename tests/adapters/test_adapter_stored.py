@@ -44,7 +44,7 @@ def test_what_is_read_is_what_was_stored(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda data: b"",
+        lambda data: data[:0],
         lambda data: data[:5],
         lambda data: data[:100],
         lambda data: data[:-1],
