@@ -13,11 +13,11 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from select import select
 from typing import Any, BinaryIO
 
 import safetensors.torch
@@ -190,7 +190,7 @@ def _read_gently(file: BinaryIO) -> torch.Tensor:
     data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
     for start in range(0, len(data), _PIECE):
         file.readinto(data[start : start + _PIECE].numpy())  # type: ignore[attr-defined]
-        time.sleep(_PAUSE_S)
+        select((), (), (), _PAUSE_S)  # time.sleep fails under a faked clock
     return data
 
 
