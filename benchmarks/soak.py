@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -269,12 +270,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--max-slope", type=float, default=30.0, help="MiB an hour (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="also write the report there")
+    parser.add_argument(
+        "--output", type=Path, help="also write the report there, and beside it the server's log after a fault"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (process, sources):
         assert process.process is not None
         seconds = args.minutes * 60
         found = asyncio.run(soak(process.url, process.process.pid, sources, seconds, args.clients))
+        if args.output is not None and (found.wrong or found.server_errors):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder) / "server.log", args.output.with_suffix(".log"))
     text = json.dumps(report(found, seconds), indent=1)
     print(text)
     if args.output is not None:
