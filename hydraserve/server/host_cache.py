@@ -40,6 +40,8 @@ class HostCache:
     runtime: AdapterRuntime
     capacity: int
     _copies: OrderedDict[str, _Copy] = field(default_factory=OrderedDict)  # least recently used first
+    _leaving: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # on their way out of the engine
+    _emptying: int = 0  # places of dropped adapters that are not free yet
     _ids: dict[str, int] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -89,7 +91,7 @@ class HostCache:
         Raises HydraServeError when it cannot be loaded.
         """
         copy = self._copies.get(stored.digest)
-        if copy is None and (evict or len(self._copies) < self.capacity):
+        if copy is None and (evict or self._has_place):
             copy = self._place(stored)
         if copy is None:
             return False
@@ -119,27 +121,50 @@ class HostCache:
         copy = self._copies.pop(digest, None)
         self._ids.pop(digest, None)
         if copy is not None:
-            await asyncio.wait([copy.loading])
-            await self.runtime.unload(copy.adapter_id)
-            self._changed.set()
+            self._emptying += 1
+            self._leave(digest, copy).add_done_callback(lambda _: self._emptied())
+        if digest in self._leaving:
+            await asyncio.shield(self._leaving[digest])
+
+    def _emptied(self) -> None:
+        self._emptying -= 1
+        self._changed.set()
+
+    @property
+    def _has_place(self) -> bool:
+        return len(self._copies) + self._emptying < self.capacity
 
     def _place(self, stored: StoredAdapter) -> _Copy | None:
         """A place for an adapter that has none, with its loading begun; None when all are in use."""
-        victim = None
-        if len(self._copies) >= self.capacity:
+        # What was evicted a moment ago comes back under the same id: not before it has gone.
+        first = [self._leaving[stored.digest]] if stored.digest in self._leaving else []
+        if not self._has_place:
             victim = next((digest for digest, copy in self._copies.items() if copy.evictable), None)
             if victim is None:
                 return None
-        evicted = self._copies.pop(victim) if victim is not None else None
+            first.append(self._leave(victim, self._copies.pop(victim)))
         adapter_id = self.adapter_id(stored.digest)
-        copy = _Copy(adapter_id, asyncio.create_task(self._load(stored, adapter_id, evicted)))
+        copy = _Copy(adapter_id, asyncio.create_task(self._load(stored, adapter_id, first)))
         self._copies[stored.digest] = copy
         copy.loading.add_done_callback(lambda _: self._loaded(stored.digest, copy))
         return copy
 
-    async def _load(self, stored: StoredAdapter, adapter_id: int, evicted: _Copy | None) -> None:
-        if evicted is not None:
-            await self.runtime.unload(evicted.adapter_id)
+    def _leave(self, digest: str, copy: _Copy) -> asyncio.Task[None]:
+        async def leave() -> None:
+            await asyncio.wait([copy.loading])
+            await self.runtime.unload(copy.adapter_id)
+
+        leaving = self._leaving[digest] = asyncio.create_task(leave())
+        leaving.add_done_callback(lambda _: self._left(digest, leaving))
+        return leaving
+
+    def _left(self, digest: str, leaving: asyncio.Task[None]) -> None:
+        if self._leaving.get(digest) is leaving:
+            del self._leaving[digest]
+
+    async def _load(self, stored: StoredAdapter, adapter_id: int, first: list[asyncio.Task[None]]) -> None:
+        for unloading in first:
+            await unloading
         await self.runtime.load(adapter_id, stored.path, stored.digest)
 
     def _loaded(self, digest: str, copy: _Copy) -> None:

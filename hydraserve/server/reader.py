@@ -96,11 +96,15 @@ class AdapterReader:
             self._reading[stored.digest] -= 1
             await self.collect(stored.digest)
 
+    def reading(self, digest: str) -> bool:
+        """Whether somebody is in the context of reading this content."""
+        return self._reading[digest] > 0
+
     async def collect(self, digest: str) -> None:
         """Take content out of the store, unless something needs it."""
         async with self._lock:
             self._reading += Counter()  # drops what has come to zero
-            if not self._reading[digest] and not self.in_use(digest):
+            if not self.reading(digest) and not self.in_use(digest):
                 await asyncio.to_thread(self._store.remove, digest)
 
     async def _fetch_and_read(self, source: str, progress: Progress, trusted: bool) -> StoredAdapter:

@@ -97,6 +97,15 @@ class ServedAdapter:
         self._holds -= 1
         self.notify()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """`hold` for as long as the context lasts."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
     def notify(self) -> None:
         """Wake those who wait for a change."""
         for watcher in self._watchers:

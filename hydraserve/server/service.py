@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from hydraserve.adapters.compose import Recipe
@@ -23,6 +24,8 @@ from hydraserve.server.served import ServedAdapter, label_of
 from hydraserve.server.turnstile import Turnstile
 
 logger = logging.getLogger("hydraserve.server")
+
+T = TypeVar("T")
 
 # Requests for an adapter that could not be read get the same error for so long, without another attempt.
 _RETRY_S = 5.0
@@ -61,13 +64,14 @@ class AdapterService:
         for entry in self.registry:
             if entry.version is not None:
                 self._serve(entry, entry.version)
-        for entry in self.registry:
-            if entry.pinned:
-                try:
-                    await self._pin(entry)
-                except HydraServeError as error:
-                    entry.pinned = False
-                    logger.error("adapter %s is not pinned any more: %s", entry.name, error)
+        pinned = [entry for entry in self.registry if entry.pinned]
+        for entry in pinned:
+            entry.pinned = False
+        for entry in pinned:
+            try:
+                await self._set_pinned(entry, True)
+            except HydraServeError as error:
+                logger.error("adapter %s is not pinned any more: %s", entry.name, error)
 
     async def add(
         self,
@@ -159,16 +163,17 @@ class AdapterService:
             if entry.pinned:
                 await self._set_pinned(entry, False)
             served = self._forget(entry)
+        retiring = None
+        if served is not None:
+            if force:
+                served.removed = True
+                self.abort_elsewhere(served.request_ids)
+                await self.runtime.abort(served.request_ids)
+            retiring = self.spawn(self._retire(served))
         for derived in self._derived_from(name):
-            await self.remove(derived, force=force, wait=wait)
-        if served is None:
-            return
-        if force:
-            served.removed = True
-            self.abort_elsewhere(served.request_ids)
-            await self.runtime.abort(served.request_ids)
-        retiring = self.spawn(self._retire(served))
-        if wait:
+            with contextlib.suppress(UnknownAdapterError):  # removed by somebody else meanwhile
+                await self.remove(derived, force=force, wait=wait)
+        if wait and retiring is not None:
             await asyncio.shield(retiring)
 
     async def pin(self, name: str, pinned: bool) -> AdapterEntry:
@@ -210,7 +215,7 @@ class AdapterService:
         """Begin to load the adapters whose turn comes next, where the host memory has places beyond the slots."""
         for digest in self.turnstile.next(max(0, self.cache.capacity - self._slots)):
             if not self.cache.ready(digest) and not self.cache.loading(digest):
-                self.spawn(self._prefetch_quietly(self._contents[digest]))
+                self.spawn(self._prefetch_quietly(digest))
 
     async def residency(self) -> Residency:
         """What the engine holds now."""
@@ -238,17 +243,28 @@ class AdapterService:
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do what others may wait for too, also when the request that began it is given up."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # seen, even if nobody waits any more
+        return await asyncio.shield(task)
+
     async def _read_if_needed(self, entry: AdapterEntry) -> StoredAdapter:
         if entry.version is None:
-            async with self._lock(entry.name):
-                if self.registry.find(entry.name) is not entry:
-                    raise self._unknown(entry.name)
-                if entry.version is None:
-                    if entry.failure is not None and time.monotonic() - entry.failed_at < _RETRY_S:
-                        raise entry.failure
-                    await self._read(entry, entry.source)
+            await self._to_the_end(self._first_read(entry))
         assert entry.version is not None
         return entry.version
+
+    async def _first_read(self, entry: AdapterEntry) -> None:
+        async with self._lock(entry.name):
+            if self.registry.find(entry.name) is not entry:
+                raise self._unknown(entry.name)
+            if entry.version is None:
+                if entry.failure is not None and time.monotonic() - entry.failed_at < _RETRY_S:
+                    raise entry.failure
+                await self._read(entry, entry.source)
 
     async def _derived(self, name: str, parent_name: str, spec: str) -> AdapterEntry | None:
         """The entry of an adapter that is made from another one: made when it is first asked for, and anew when the
@@ -258,7 +274,15 @@ class AdapterService:
             return None
         content = await self._read_if_needed(parent)
         source = f"{content.digest}@{spec}"
+        entry = self.registry.find(name)
+        if entry is not None and entry.source == source and entry.version is not None:
+            return entry
+        return await self._to_the_end(self._make_derived(name, parent, source))
+
+    async def _make_derived(self, name: str, parent: AdapterEntry, source: str) -> AdapterEntry | None:
         async with self._lock(name):
+            if self.registry.find(parent.name) is not parent:
+                return None
             entry = self.registry.find(name)
             if entry is None or entry.source != source:
                 entry = entry or AdapterEntry(name, source, Origin.DERIVED)
@@ -272,20 +296,31 @@ class AdapterService:
         return entry
 
     @asynccontextmanager
-    async def _composed(self, recipe: Recipe) -> AsyncIterator[Read]:
-        parts = []
-        for name, _ in recipe.parts:
-            entry = self.registry.get(name)
-            if Recipe.parse(entry.source) is not None:  # also what keeps an adapter from waiting for itself
-                raise AdapterConflictError(
-                    what=f"compose {name!r}",
-                    got="an adapter that is composed itself",
-                    expected="adapters that were read from files",
-                    fix="compose its parts directly",
-                )
-            parts.append(await self._read_if_needed(entry))
-        async with self._reader.compose(recipe, parts) as read:
-            yield read
+    async def _derive(self, entry: AdapterEntry, source: str) -> AsyncIterator[Read]:
+        parent_name, _, spec = entry.name.rpartition("@")
+        parent = self.labelled(label_of(parent_name, source.partition("@")[0]))
+        with parent.held():
+            async with self._reader.derive(parent.stored, spec) as read:
+                yield read
+
+    @asynccontextmanager
+    async def _compose(self, recipe: Recipe) -> AsyncIterator[Read]:
+        with contextlib.ExitStack() as held:
+            parts = []
+            for name, _ in recipe.parts:
+                entry = self.registry.get(name)
+                if Recipe.parse(entry.source) is not None:  # also what keeps an adapter from waiting for itself
+                    raise AdapterConflictError(
+                        what=f"compose {name!r}",
+                        got="an adapter that is composed itself",
+                        expected="adapters that were read from files",
+                        fix="compose its parts directly",
+                    )
+                await self._read_if_needed(entry)
+                held.enter_context(self.current[name].held())
+                parts.append(self.current[name].stored)
+            async with self._reader.compose(recipe, parts) as read:
+                yield read
 
     def _derived_from(self, name: str) -> list[str]:
         """Names of the adapters that are made from this one."""
@@ -296,43 +331,46 @@ class AdapterService:
         self, entry: AdapterEntry, source: str, progress: Progress, digest: str | None
     ) -> AbstractAsyncContextManager[Read]:
         if entry.origin is Origin.DERIVED:
-            digest, _, spec = source.partition("@")
-            if digest not in self._contents:
-                raise self._unknown(entry.name)
-            return self._reader.derive(self._contents[digest], spec)
+            return self._derive(entry, source)
         if (recipe := Recipe.parse(source)) is not None:
-            return self._composed(recipe)
+            return self._compose(recipe)
         trusted = entry.origin is Origin.COMMAND_LINE
         return self._reader.read(source, progress, trusted=trusted, digest=digest)
 
     async def _read(self, entry: AdapterEntry, source: str, digest: str | None = None) -> None:
         """Read an entry's content, and let new requests use that. What they used before ends with its requests."""
         progress = self.progress[entry.name] = Progress()
-        old = self.current.get(entry.name)
+        old, stored = self.current.get(entry.name), None
         try:
             async with self._open(entry, source, progress, digest) as read:
+                stored = read.stored
                 # A replacement is to be as quick as what it replaces; a new adapter must not push out one that is used.
-                await self.cache.prefetch(read.stored, evict=old is not None)
+                await self.cache.prefetch(stored, evict=old is not None)
                 await self._install(entry, read, source)
         except HydraServeError as error:
             entry.failure, entry.failed_at = error, time.monotonic()
             raise
         finally:
             del self.progress[entry.name]
-        if old is not None and old is not self.current.get(entry.name):
-            self.spawn(self._retire(old))
+            if old is not None and old is not self.current.get(entry.name):
+                self.spawn(self._retire(old))
+            if stored is not None:
+                await self._free(stored.digest)
 
     async def _install(self, entry: AdapterEntry, read: Read, source: str) -> None:
-        pinned = entry.pinned
-        if pinned:
-            await self._set_pinned(entry, False)
-        entry.source, entry.version, entry.failure = source, read.stored, None
+        """Let new requests use what was read; a pin goes over to it."""
+        if entry.pinned:
+            self._refuse_more_pins(read.stored, besides=entry)
+        old, entry.version = entry.version, read.stored
+        entry.source, entry.failure = source, None
         entry.load_seconds, entry.read_at = read.seconds, time.time()
         self.registry.put(entry)
         self._serve(entry, read.stored)
         logger.info("adapter %s: version %s from %s", entry.name, read.stored.digest, without_secrets(source))
-        if pinned:
-            await self._set_pinned(entry, True)
+        if entry.pinned and old != read.stored:
+            if old is not None:
+                await self._unpin(old)
+            await self._pin(read.stored)
 
     def _serve(self, entry: AdapterEntry, stored: StoredAdapter) -> None:
         """Let new requests for the name use this content. If it is still on its way out, it stays."""
@@ -360,53 +398,71 @@ class AdapterService:
             return
         del self._labelled[served.label]
         await self.runtime.evict_blocks(served.label)
-        if not self._in_use(served.stored.digest):
-            del self._contents[served.stored.digest]
-            await self.cache.drop(served.stored.digest)
-            await self._reader.collect(served.stored.digest)
+        await self._free(served.stored.digest)
+
+    async def _free(self, digest: str) -> None:
+        """Let go of content, unless something needs it: another name, or a reading that has come to the same."""
+        if self._in_use(digest) or self._reader.reading(digest):
+            return
+        self._contents.pop(digest, None)
+        await self.cache.drop(digest)
+        await self._reader.collect(digest)
 
     def _in_use(self, digest: str) -> bool:
         return self.registry.uses(digest) or any(s.stored.digest == digest for s in self._labelled.values())
 
     async def _set_pinned(self, entry: AdapterEntry, pinned: bool) -> None:
         if pinned and not entry.pinned:
-            await self._pin(entry)
-        entry.pinned = pinned
+            if entry.version is None:
+                await self._read(entry, entry.source)
+            assert entry.version is not None
+            self._refuse_more_pins(entry.version)
+            entry.pinned = True  # from here on its slot counts as taken
+            try:
+                await self._pin(entry.version)
+            except BaseException:
+                entry.pinned = False
+                self._share_slots()
+                raise
+        elif entry.pinned and not pinned:
+            entry.pinned = False
+            if entry.version is not None:
+                await self._unpin(entry.version)
         self.registry.put(entry)
-        if not pinned and entry.version is not None:
-            if entry.version.digest not in self._pinned():
-                await self.cache.unpin(entry.version.digest)
-            self._share_slots()
 
-    async def _pin(self, entry: AdapterEntry) -> None:
-        if entry.version is None:
-            await self._read(entry, entry.source)
-        assert entry.version is not None
-        pinned = self._pinned()
-        if entry.version.digest not in pinned and len(pinned) + 1 >= self._slots:
+    def _refuse_more_pins(self, stored: StoredAdapter, besides: AdapterEntry | None = None) -> None:
+        pinned = self._pinned(besides)
+        if stored.digest not in pinned and len(pinned) + 1 >= self._slots:
             raise AdapterConflictError(
                 what="pinned adapters",
                 got=f"{len(pinned)} of {self._slots} slots taken by them",
                 expected="at least one slot for the others",
                 fix="unpin an adapter, or start the server with more --slots",
             )
-        self._share_slots(entry.version.digest)
-        try:
-            await self.cache.pin(entry.version)
-        except BaseException:
-            self._share_slots()
-            raise
 
-    def _pinned(self) -> set[str]:
-        return {entry.version.digest for entry in self.registry if entry.pinned and entry.version is not None}
+    async def _pin(self, stored: StoredAdapter) -> None:
+        self._share_slots()
+        await self.cache.pin(stored)
 
-    def _share_slots(self, *more: str) -> None:
+    async def _unpin(self, stored: StoredAdapter) -> None:
+        if stored.digest not in self._pinned():
+            await self.cache.unpin(stored.digest)
+        self._share_slots()
+
+    def _pinned(self, besides: AdapterEntry | None = None) -> set[str]:
+        entries = [entry for entry in self.registry if entry.pinned and entry is not besides]
+        return {entry.version.digest for entry in entries if entry.version is not None}
+
+    def _share_slots(self) -> None:
         """Pinned adapters have slots of their own; the others take turns on what is left."""
-        pinned = self._pinned() | set(more)
+        pinned = self._pinned()
         self.turnstile.set_slots(self._slots - len(pinned), pinned)
 
-    async def _prefetch_quietly(self, stored: StoredAdapter) -> None:
+    async def _prefetch_quietly(self, digest: str) -> None:
         """What fails here fails again for the request that needs it, and is told there."""
+        stored = self._contents.get(digest)
+        if stored is None:  # gone before this began
+            return
         try:
             await self.cache.prefetch(stored)
         except HydraServeError as error:
