@@ -91,7 +91,7 @@ def main() -> int:
     names = [*BENCH, "plan", "agreement"] if "all" in args.names else args.names
     status = 0
     for name in names:
-        status = status or measure(name, args.model, flags)
+        status = measure(name, args.model, flags) or status
     if args.docs:
         DOCUMENT.write_text(with_tables(DOCUMENT.read_text()))
     if args.targets:

@@ -55,8 +55,12 @@ class EngineAdapters:
         models.lora_requests, models.model_name = requests, model_name
 
     async def load(self, adapter_id: int, path: str, digest: str) -> None:
-        await self._call("hydra_start_load", adapter_id, path, digest)
         load = self._loads[adapter_id] = _Load(asyncio.get_running_loop().create_future())
+        try:
+            await self._call("hydra_start_load", adapter_id, path, digest)
+        except BaseException:
+            self._loads.pop(adapter_id, None)
+            raise
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll())
         error = await load.done

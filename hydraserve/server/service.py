@@ -89,6 +89,7 @@ class AdapterService:
         """
         check_name(name)
         self._refuse_taken(name)
+        await self._read_parts(source)
         async with self._lock(name):
             entry = self.registry.find(name)
             if entry is not None:
@@ -136,10 +137,12 @@ class AdapterService:
         """
         check_name(name)
         self._refuse_taken(name)
-        if self.registry.find(name) is None:
+        known = self.registry.find(name)
+        if known is None:
             if source is None:
                 raise self._unknown(name)
             return await self.add(name, source, pin=bool(pin), digest=digest)
+        await self._read_parts(source or known.source)
         async with self._lock(name):
             entry = self.registry.get(name)
             if source is not None:
@@ -253,8 +256,10 @@ class AdapterService:
 
     async def _read_if_needed(self, entry: AdapterEntry) -> StoredAdapter:
         if entry.version is None:
+            await self._read_parts(entry.source)
             await self._to_the_end(self._first_read(entry))
-        assert entry.version is not None
+        if entry.version is None or self.registry.find(entry.name) is not entry:  # removed at once
+            raise self._unknown(entry.name)
         return entry.version
 
     async def _first_read(self, entry: AdapterEntry) -> None:
@@ -303,23 +308,37 @@ class AdapterService:
             async with self._reader.derive(parent.stored, spec) as read:
                 yield read
 
+    async def _read_parts(self, source: str) -> None:
+        """Read what a composition is made of. Before its own name is locked: two that are made of each other would
+        wait for ever."""
+        recipe = Recipe.parse(source)
+        for name, _ in () if recipe is None else recipe.parts:
+            await self._read_if_needed(self._part(name))
+
+    def _part(self, name: str) -> AdapterEntry:
+        entry = self.registry.get(name)
+        if Recipe.parse(entry.source) is not None:
+            raise AdapterConflictError(
+                what=f"compose {name!r}",
+                got="an adapter that is composed itself",
+                expected="adapters that were read from files",
+                fix="compose its parts directly",
+            )
+        return entry
+
     @asynccontextmanager
     async def _compose(self, recipe: Recipe) -> AsyncIterator[Read]:
+        parts = [self._part(name).name for name, _ in recipe.parts]
+        if missing := [name for name in parts if name not in self.current]:
+            raise AdapterConflictError(
+                what=f"compose {missing[0]!r}",
+                got="an adapter that has changed meanwhile",
+                expected="one that is served",
+            )
         with contextlib.ExitStack() as held:
-            parts = []
-            for name, _ in recipe.parts:
-                entry = self.registry.get(name)
-                if Recipe.parse(entry.source) is not None:  # also what keeps an adapter from waiting for itself
-                    raise AdapterConflictError(
-                        what=f"compose {name!r}",
-                        got="an adapter that is composed itself",
-                        expected="adapters that were read from files",
-                        fix="compose its parts directly",
-                    )
-                await self._read_if_needed(entry)
+            for name in parts:
                 held.enter_context(self.current[name].held())
-                parts.append(self.current[name].stored)
-            async with self._reader.compose(recipe, parts) as read:
+            async with self._reader.compose(recipe, [self.current[name].stored for name in parts]) as read:
                 yield read
 
     def _derived_from(self, name: str) -> list[str]:
@@ -370,7 +389,7 @@ class AdapterService:
         if entry.pinned and old != read.stored:
             if old is not None:
                 await self._unpin(old)
-            await self._pin(read.stored)
+            await self._pin(entry)
 
     def _serve(self, entry: AdapterEntry, stored: StoredAdapter) -> None:
         """Let new requests for the name use this content. If it is still on its way out, it stays."""
@@ -417,13 +436,7 @@ class AdapterService:
                 await self._read(entry, entry.source)
             assert entry.version is not None
             self._refuse_more_pins(entry.version)
-            entry.pinned = True  # from here on its slot counts as taken
-            try:
-                await self._pin(entry.version)
-            except BaseException:
-                entry.pinned = False
-                self._share_slots()
-                raise
+            await self._pin(entry)
         elif entry.pinned and not pinned:
             entry.pinned = False
             if entry.version is not None:
@@ -440,9 +453,16 @@ class AdapterService:
                 fix="unpin an adapter, or start the server with more --slots",
             )
 
-    async def _pin(self, stored: StoredAdapter) -> None:
+    async def _pin(self, entry: AdapterEntry) -> None:
+        assert entry.version is not None
+        entry.pinned = True  # from here on its slot counts as taken
         self._share_slots()
-        await self.cache.pin(stored)
+        try:
+            await self.cache.pin(entry.version)
+        except BaseException:
+            entry.pinned = False
+            self._share_slots()
+            raise
 
     async def _unpin(self, stored: StoredAdapter) -> None:
         if stored.digest not in self._pinned():

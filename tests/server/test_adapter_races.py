@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from fake_runtime import FakeRuntime, MakeService
 
+from hydraserve.adapters.compose import Recipe
+from hydraserve.adapters.registry import Origin
 from hydraserve.adapters.store import AdapterStore
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, EngineError, UnknownAdapterError
 from hydraserve.server.admission import Admission
@@ -76,6 +78,8 @@ class Traffic:
         service, rng = self.service, self.rng
         kinds: dict[str, tuple[int, Callable[[str], Awaitable[object]]]] = {
             "add": (4, lambda name: service.add(name, self._source(), pin=rng.random() < 0.1)),
+            "register": (1, self._register),
+            "compose": (1, lambda name: service.replace(name, self._recipe())),
             "replace": (3, lambda name: service.replace(name, self._source())),
             "remove": (4, lambda name: service.remove(name, force=rng.random() < 0.5, wait=rng.random() < 0.8)),
             "pin": (1, lambda name: service.pin(name, True)),
@@ -96,6 +100,12 @@ class Traffic:
 
     def _source(self) -> str:
         return str(self.rng.choice([*self.versions[:3], self.versions[0].parent / "missing"]))
+
+    def _recipe(self) -> str:
+        return Recipe(tuple((name, 0.5) for name in self.rng.sample(NAMES, 1))).source
+
+    async def _register(self, name: str) -> None:
+        self.service.register(name, self._source(), Origin.API)
 
     async def _give_up(self, name: str) -> None:
         """The client goes away at some point."""
@@ -140,7 +150,7 @@ def test_in_any_order_nothing_breaks_and_nothing_is_left(
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
         traffic = Traffic(service, runtime, versions, seed)
         await traffic.run(clients=12, each=25)
-        assert {"add", "replace", "remove", "request"} <= set(traffic.ended), traffic.ended
+        assert {"add", "replace", "remove", "compose", "request"} <= set(traffic.ended), traffic.ended
         for entry in service.registry:
             if service.registry.find(entry.name) is entry:
                 await service.remove(entry.name)

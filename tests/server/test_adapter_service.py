@@ -10,6 +10,7 @@ import pytest
 from fake_runtime import FakeRuntime, MakeService
 
 from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.compose import Recipe
 from hydraserve.adapters.registry import Origin
 from hydraserve.adapters.store import AdapterStore
 from hydraserve.errors import (
@@ -218,6 +219,23 @@ def test_registered_adapters_are_read_when_asked_for(run: Run, versions: list[Pa
                 await service.ready("bad")
             errors.append(caught.value)
         assert errors[0] is errors[1], "not tried again at once"
+
+    run(test)
+
+
+def test_adapters_composed_of_each_other_do_not_wait_for_ever(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        for name, version in zip("ab", versions, strict=False):
+            service.register(name, str(version), Origin.API)
+        assert runtime.loads == []
+        recipes = {name: Recipe(((part, 2.0),)).source for name, part in ("ab", "ba")}
+        work = (service.replace(name, recipe) for name, recipe in recipes.items())
+        ended = await asyncio.gather(*work, return_exceptions=True)
+        refused = [error for error in ended if isinstance(error, BaseException)]
+        assert len(refused) < 2
+        assert {type(error) for error in refused} <= {AdapterConflictError}, refused
+        composed = [entry.name for entry in service.registry if entry.source == recipes[entry.name]]
+        assert len(composed) == 2 - len(refused)
 
     run(test)
 
