@@ -1,7 +1,7 @@
 """Every Prometheus series of HydraServe, in one list. vLLM's own (`vllm:...`) stand beside them on /metrics.
 
 Label `adapter`: the name that requests use, for the busiest adapters; "other" for the rest, "base" for the base model
-(see `server/labels.py`). With several API server processes, counters and histograms are sums over all of them.
+(see `server/metrics/labels.py`). With several API server processes, counters and histograms are sums over all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A series of vLLM's that the server writes instead, see `hydraserve.server.gateway`."""
+"""A series of vLLM's that the server writes instead, see `hydraserve.server.metrics.gateway`."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ from hydraserve.server.api_servers.forward import ForwardMiddleware
 from hydraserve.server.api_servers.front import FoundAdapters, Front
 from hydraserve.server.api_servers.keeper import Keeper
 from hydraserve.server.errors import handle_error
-from hydraserve.server.gateway import LoraRequestsInfo
 from hydraserve.server.health import Readiness
 from hydraserve.server.keys import KeyRing, Principal
+from hydraserve.server.lifecycle.served import name_of
 from hydraserve.server.limits import LimitMiddleware
-from hydraserve.server.metrics import ServerMetrics, show_every_second
+from hydraserve.server.metrics.gateway import LoraRequestsInfo
+from hydraserve.server.metrics.series import ServerMetrics, show_every_second
 from hydraserve.server.middleware import RequestMiddleware
 from hydraserve.server.routes import adapters, health, inspector, metrics, routing, vllm
 from hydraserve.server.security import Gate, is_loopback
-from hydraserve.server.served import name_of
 from hydraserve.server.startup import AdapterServer
 from hydraserve.server.traffic import Traffic
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hydraserve.adapters.registry import AdapterEntry
 from hydraserve.adapters.runtime import Residency
 from hydraserve.adapters.sources import without_secrets
+from hydraserve.server.lifecycle.service import AdapterService
 from hydraserve.server.schemas import AdapterCard, AdapterState, ProgressCard, ResidencyCard
-from hydraserve.server.service import AdapterService
 
 
 def adapter_card(service: AdapterService, entry: AdapterEntry, residency: Residency) -> AdapterCard:

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hydraserve.errors import RequestError
 from hydraserve.server.errors import error_response
 from hydraserve.server.keys import Principal
+from hydraserve.server.lifecycle.served import RequestScope, current_scope
 from hydraserve.server.security import Caller, Gate, is_counted
-from hydraserve.server.served import RequestScope, current_scope
 
 ADAPTER_HEADER = "x-hydraserve-adapter"
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")

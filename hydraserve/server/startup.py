@@ -15,12 +15,12 @@ from hydraserve.adapters.scratch import ScratchFolder
 from hydraserve.adapters.sources import DownloadCache, SourcePolicy
 from hydraserve.adapters.store import AdapterStore
 from hydraserve.config import ServerSettings, cache_dir
-from hydraserve.server.admission import Admission
-from hydraserve.server.directory import AdapterDirectory
-from hydraserve.server.host_cache import HostCache
-from hydraserve.server.reader import AdapterReader
-from hydraserve.server.served import VisibleAdapters, name_of
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.admission import Admission
+from hydraserve.server.lifecycle.directory import AdapterDirectory
+from hydraserve.server.lifecycle.host_cache import HostCache
+from hydraserve.server.lifecycle.reader import AdapterReader
+from hydraserve.server.lifecycle.served import VisibleAdapters, name_of
+from hydraserve.server.lifecycle.service import AdapterService
 
 logger = logging.getLogger("hydraserve.server")
 

@@ -16,9 +16,9 @@ from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.sources import DownloadCache, SourcePolicy
 from hydraserve.adapters.store import AdapterStore
 from hydraserve.adapters.synthetic import make_adapter
-from hydraserve.server.host_cache import HostCache
-from hydraserve.server.reader import AdapterReader
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.host_cache import HostCache
+from hydraserve.server.lifecycle.reader import AdapterReader
+from hydraserve.server.lifecycle.service import AdapterService
 
 SHAPES = {f"model.layers.{i}.self_attn.q_proj": (64, 64) for i in range(2)}
 

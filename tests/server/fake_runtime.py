@@ -12,7 +12,7 @@ from hydra_kernels import SlotCapacity
 from hydraserve.adapters.runtime import EngineSizes, RequestHooks, Residency
 from hydraserve.adapters.store import StoredAdapter
 from hydraserve.errors import HydraServeError
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.service import AdapterService
 
 
 class FakeRuntime:

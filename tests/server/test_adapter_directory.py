@@ -14,9 +14,9 @@ from fake_runtime import FakeRuntime, MakeService
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.registry import Origin
 from hydraserve.errors import AdapterConflictError
-from hydraserve.server import directory as directories
-from hydraserve.server.directory import AdapterDirectory, look
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle import directory as directories
+from hydraserve.server.lifecycle.directory import AdapterDirectory, look
+from hydraserve.server.lifecycle.service import AdapterService
 
 
 @pytest.fixture

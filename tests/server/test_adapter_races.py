@@ -19,9 +19,9 @@ from hydraserve.adapters.compose import Recipe
 from hydraserve.adapters.registry import Origin
 from hydraserve.adapters.store import AdapterStore
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, EngineError, UnknownAdapterError
-from hydraserve.server.admission import Admission
-from hydraserve.server.served import RequestScope, VisibleAdapters, current_scope
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.admission import Admission
+from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope
+from hydraserve.server.lifecycle.service import AdapterService
 
 NAMES = [f"n{i}" for i in range(6)]
 DERIVED = ["uniform", "head=1", "top_k=1"]
@@ -129,7 +129,7 @@ class Traffic:
             if name not in visible:
                 raise UnknownAdapterError(what="adapter", got=name, expected="one that is served")
             label, adapter_id, _ = visible[name]
-            digest = self.service.labelled(label).stored.digest
+            digest = self.service.contents.labelled(label).stored.digest
             async with self.admission.admit(adapter_id, label, request_id):
                 for _ in range(self.rng.randrange(4)):
                     assert self.runtime.host[self.service.cache.adapter_id(digest)] == digest

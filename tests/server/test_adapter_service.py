@@ -20,10 +20,10 @@ from hydraserve.errors import (
     UnknownAdapterError,
     UnreadableFileError,
 )
-from hydraserve.server.admission import Admission
 from hydraserve.server.keys import Principal
-from hydraserve.server.served import RequestScope, VisibleAdapters, current_scope
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.admission import Admission
+from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope
+from hydraserve.server.lifecycle.service import AdapterService
 
 Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
 Run = Callable[[Test], None]

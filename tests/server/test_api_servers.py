@@ -19,13 +19,13 @@ from starlette.responses import StreamingResponse
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.registry import AdapterEntry, Origin
 from hydraserve.errors import AdapterNotFoundError, EngineError, RateLimitError, UnknownAdapterError
-from hydraserve.server.admission import Admission
 from hydraserve.server.api_servers.forward import ForwardMiddleware
 from hydraserve.server.api_servers.front import FoundAdapters, Front
 from hydraserve.server.api_servers.keeper import Keeper
 from hydraserve.server.keys import KeyRing, Principal
-from hydraserve.server.served import RequestScope, ServedAdapter, current_scope
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.admission import Admission
+from hydraserve.server.lifecycle.served import RequestScope, ServedAdapter, current_scope
+from hydraserve.server.lifecycle.service import AdapterService
 
 
 class Pair:

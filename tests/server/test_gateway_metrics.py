@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from hydraserve.server.gateway import LoraRequestsInfo
-from hydraserve.server.turnstile import Turnstile
+from hydraserve.server.lifecycle.turnstile import Turnstile
+from hydraserve.server.metrics.gateway import LoraRequestsInfo
 
 
 def labels(registry: CollectorRegistry) -> dict[str, str]:

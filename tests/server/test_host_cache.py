@@ -9,7 +9,7 @@ import pytest
 from fake_runtime import FakeRuntime, stored
 
 from hydraserve.errors import UnreadableFileError
-from hydraserve.server.host_cache import HostCache
+from hydraserve.server.lifecycle.host_cache import HostCache
 
 A, B, C, D = (stored(name) for name in "abcd")
 

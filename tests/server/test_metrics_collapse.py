@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hydraserve.adapters.observation import RouterCount
-from hydraserve.server.collapse import MIN_TOKENS, WINDOW_TOKENS, CollapseWindows
+from hydraserve.server.metrics.collapse import MIN_TOKENS, WINDOW_TOKENS, CollapseWindows
 
 
 def count(*weights: float) -> RouterCount:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hydraserve.server.labels import HALF_LIFE_S, SHARED_NAMES_PER_PLACE, AdapterLabels
+from hydraserve.server.metrics.labels import HALF_LIFE_S, SHARED_NAMES_PER_PLACE, AdapterLabels
 
 
 class Clock:

@@ -14,7 +14,7 @@ from hydraserve.adapters.observation import EngineCounts, RequestEnd, RouterCoun
 from hydraserve.adapters.runtime import EngineSizes, Residency
 from hydraserve.errors import EngineError
 from hydraserve.metrics import Metrics
-from hydraserve.server.metrics import ServerMetrics
+from hydraserve.server.metrics.series import ServerMetrics
 
 NOTHING = EngineCounts({}, 0, SlotCounts())
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from hydraserve.server.turnstile import Turnstile
+from hydraserve.server.lifecycle.turnstile import Turnstile
 
 
 class Clock:

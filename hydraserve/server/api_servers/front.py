@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hydraserve.adapters.runtime import AdapterRuntime
-from hydraserve.server.admission import cache_salt
 from hydraserve.server.api_servers.forward import Forwarder
 from hydraserve.server.api_servers.link import HTTP_SOCKET, SOCKET, Link
 from hydraserve.server.keys import Principal
-from hydraserve.server.served import current_scope, label_of, may_see
+from hydraserve.server.lifecycle.admission import cache_salt
+from hydraserve.server.lifecycle.served import current_scope, label_of, may_see
 
 
 class Front:

@@ -18,7 +18,7 @@ from hydraserve.adapters.runtime import RequestHooks
 from hydraserve.errors import EngineError, HydraServeError
 from hydraserve.server.api_servers.link import CLIENT_HEADER, HTTP_SOCKET, LONGEST_MESSAGE, SOCKET, messages, write
 from hydraserve.server.keys import KeyRing, Principal
-from hydraserve.server.served import ServedAdapter
+from hydraserve.server.lifecycle.served import ServedAdapter
 
 logger = logging.getLogger("hydraserve.server")
 

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from hydraserve.errors import UnknownAdapterError
 from hydraserve.server.cards import adapter_card, residency_card
 from hydraserve.server.keys import Role
+from hydraserve.server.lifecycle.served import current_scope, may_see
+from hydraserve.server.lifecycle.service import AdapterService
 from hydraserve.server.schemas import AdapterCard, AdapterList, AddAdapter, Removed, ReplaceAdapter
-from hydraserve.server.served import current_scope, may_see
-from hydraserve.server.service import AdapterService
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from hydraserve.server.metrics import ServerMetrics
+from hydraserve.server.metrics.series import ServerMetrics
 
 router = APIRouter(include_in_schema=False)
 

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request, Response
 from hydraserve.adapters.sources import without_secrets
 from hydraserve.errors import AdapterConflictError
 from hydraserve.server.errors import error_response
+from hydraserve.server.lifecycle.served import may_see
 from hydraserve.server.routes.adapters import Service
 from hydraserve.server.schemas import LoadLora, UnloadLora
-from hydraserve.server.served import may_see
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 

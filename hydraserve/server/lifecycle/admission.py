@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from hydraserve.server.served import current_scope, may_see
+from hydraserve.server.lifecycle.served import current_scope, may_see
 
 if TYPE_CHECKING:
-    from hydraserve.server.service import AdapterService
+    from hydraserve.server.lifecycle.service import AdapterService
 
 
 class Admission:
@@ -30,7 +30,7 @@ class Admission:
     @asynccontextmanager
     async def _admit(self, label: str, request_id: str) -> AsyncIterator[None]:
         service = self._service
-        served = service.labelled(label)
+        served = service.contents.labelled(label)
         digest = served.stored.digest
         with served.run(request_id), ExitStack() as waiting:
             waiting.enter_context(served.wait())

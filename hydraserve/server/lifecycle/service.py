@@ -6,22 +6,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from hydraserve.adapters.compose import Recipe
 from hydraserve.adapters.derive import split_derived
 from hydraserve.adapters.registry import AdapterEntry, Origin, Registry, check_name
 from hydraserve.adapters.runtime import AdapterRuntime, Residency
 from hydraserve.adapters.sources import Progress, without_secrets
 from hydraserve.adapters.store import StoredAdapter
 from hydraserve.errors import AdapterConflictError, HydraServeError, UnknownAdapterError
-from hydraserve.server.host_cache import HostCache
-from hydraserve.server.reader import AdapterReader, Read
-from hydraserve.server.served import ServedAdapter, label_of
-from hydraserve.server.turnstile import Turnstile
+from hydraserve.server.lifecycle.contents import Contents
+from hydraserve.server.lifecycle.host_cache import HostCache
+from hydraserve.server.lifecycle.origins import Origins
+from hydraserve.server.lifecycle.pins import Pins
+from hydraserve.server.lifecycle.reader import AdapterReader, Read
+from hydraserve.server.lifecycle.served import ServedAdapter
+from hydraserve.server.lifecycle.turnstile import Turnstile
 
 logger = logging.getLogger("hydraserve.server")
 
@@ -49,13 +50,13 @@ class AdapterService:
     ) -> None:
         self.runtime, self.registry, self.cache = runtime, registry, cache
         self.turnstile = Turnstile(slots)
-        self.current: dict[str, ServedAdapter] = {}
+        self.contents = Contents(runtime, registry, reader, cache)
+        self.current = self.contents.current
         self.progress: dict[str, Progress] = {}
         self.abort_elsewhere: Callable[[list[str]], None] = lambda _: None  # requests of other API server processes
-        reader.in_use = self._in_use
-        self._reader, self._slots, self._taken = reader, slots, frozenset(taken)
-        self._labelled: dict[str, ServedAdapter] = {}  # also those that are on their way out
-        self._contents: dict[str, StoredAdapter] = {}
+        self._slots, self._taken = slots, frozenset(taken)
+        self._pins = Pins(registry, cache, self.turnstile, slots)
+        self._origins = Origins(registry, reader, self.contents)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -63,7 +64,7 @@ class AdapterService:
         """Serve what the registry remembers of an earlier run, without reading it."""
         for entry in self.registry:
             if entry.version is not None:
-                self._serve(entry, entry.version)
+                self.contents.serve(entry.name, entry.version)
         pinned = [entry for entry in self.registry if entry.pinned]
         for entry in pinned:
             entry.pinned = False
@@ -105,7 +106,7 @@ class AdapterService:
                     await self._set_pinned(entry, True)
             except BaseException:
                 if (served := self._forget(entry)) is not None:
-                    self.spawn(self._retire(served))
+                    self.spawn(self.contents.retire(served))
                 raise
             return entry, True
 
@@ -172,8 +173,8 @@ class AdapterService:
                 served.removed = True
                 self.abort_elsewhere(served.request_ids)
                 await self.runtime.abort(served.request_ids)
-            retiring = self.spawn(self._retire(served))
-        for derived in self._derived_from(name):
+            retiring = self.spawn(self.contents.retire(served))
+        for derived in self._origins.derived_from(name):
             with contextlib.suppress(UnknownAdapterError):  # removed by somebody else meanwhile
                 await self.remove(derived, force=force, wait=wait)
         if wait and retiring is not None:
@@ -206,13 +207,6 @@ class AdapterService:
         # Otherwise the request waits for its turn first.
         if not self.cache.ready(stored.digest) and self.turnstile.has_place:
             await self.cache.prefetch(stored)
-
-    def labelled(self, label: str) -> ServedAdapter:
-        """What the engine calls by this label. Raises UnknownAdapterError."""
-        served = self._labelled.get(label)
-        if served is None:
-            raise self._unknown(label)
-        return served
 
     def prefetch_next(self) -> None:
         """Begin to load the adapters whose turn comes next, where the host memory has places beyond the slots."""
@@ -296,72 +290,22 @@ class AdapterService:
                     await self._read(entry, source)
                 except BaseException:
                     if (served := self._forget(entry)) is not None:
-                        self.spawn(self._retire(served))
+                        self.spawn(self.contents.retire(served))
                     raise
         return entry
-
-    @asynccontextmanager
-    async def _derive(self, entry: AdapterEntry, source: str) -> AsyncIterator[Read]:
-        parent_name, _, spec = entry.name.rpartition("@")
-        parent = self.labelled(label_of(parent_name, source.partition("@")[0]))
-        with parent.held():
-            async with self._reader.derive(parent.stored, spec) as read:
-                yield read
 
     async def _read_parts(self, source: str) -> None:
         """Read what a composition is made of. Before its own name is locked: two that are made of each other would
         wait for ever."""
-        recipe = Recipe.parse(source)
-        for name, _ in () if recipe is None else recipe.parts:
-            await self._read_if_needed(self._part(name))
-
-    def _part(self, name: str) -> AdapterEntry:
-        entry = self.registry.get(name)
-        if Recipe.parse(entry.source) is not None:
-            raise AdapterConflictError(
-                what=f"compose {name!r}",
-                got="an adapter that is composed itself",
-                expected="adapters that were read from files",
-                fix="compose its parts directly",
-            )
-        return entry
-
-    @asynccontextmanager
-    async def _compose(self, recipe: Recipe) -> AsyncIterator[Read]:
-        parts = [self._part(name).name for name, _ in recipe.parts]
-        if missing := [name for name in parts if name not in self.current]:
-            raise AdapterConflictError(
-                what=f"compose {missing[0]!r}",
-                got="an adapter that has changed meanwhile",
-                expected="one that is served",
-            )
-        with contextlib.ExitStack() as held:
-            for name in parts:
-                held.enter_context(self.current[name].held())
-            async with self._reader.compose(recipe, [self.current[name].stored for name in parts]) as read:
-                yield read
-
-    def _derived_from(self, name: str) -> list[str]:
-        """Names of the adapters that are made from this one."""
-        derived = [entry.name for entry in self.registry if entry.origin is Origin.DERIVED]
-        return [other for other in derived if (split := split_derived(other)) is not None and split[0] == name]
-
-    def _open(
-        self, entry: AdapterEntry, source: str, progress: Progress, digest: str | None
-    ) -> AbstractAsyncContextManager[Read]:
-        if entry.origin is Origin.DERIVED:
-            return self._derive(entry, source)
-        if (recipe := Recipe.parse(source)) is not None:
-            return self._compose(recipe)
-        trusted = entry.origin is Origin.COMMAND_LINE
-        return self._reader.read(source, progress, trusted=trusted, digest=digest)
+        for part in self._origins.parts(source):
+            await self._read_if_needed(part)
 
     async def _read(self, entry: AdapterEntry, source: str, digest: str | None = None) -> None:
         """Read an entry's content, and let new requests use that. What they used before ends with its requests."""
         progress = self.progress[entry.name] = Progress()
         old, stored = self.current.get(entry.name), None
         try:
-            async with self._open(entry, source, progress, digest) as read:
+            async with self._origins.open(entry, source, progress, digest) as read:
                 stored = read.stored
                 # A replacement is to be as quick as what it replaces; a new adapter must not push out one that is used.
                 await self.cache.prefetch(stored, evict=old is not None)
@@ -372,115 +316,40 @@ class AdapterService:
         finally:
             del self.progress[entry.name]
             if old is not None and old is not self.current.get(entry.name):
-                self.spawn(self._retire(old))
+                self.spawn(self.contents.retire(old))
             if stored is not None:
-                await self._free(stored.digest)
+                await self.contents.free(stored.digest)
 
     async def _install(self, entry: AdapterEntry, read: Read, source: str) -> None:
         """Let new requests use what was read; a pin goes over to it."""
         if entry.pinned:
-            self._refuse_more_pins(read.stored, besides=entry)
+            self._pins.check(read.stored, besides=entry)
         old, entry.version = entry.version, read.stored
         entry.source, entry.failure = source, None
         entry.load_seconds, entry.read_at = read.seconds, time.time()
         self.registry.put(entry)
-        self._serve(entry, read.stored)
+        self.contents.serve(entry.name, read.stored)
         logger.info("adapter %s: version %s from %s", entry.name, read.stored.digest, without_secrets(source))
         if entry.pinned and old != read.stored:
-            if old is not None:
-                await self._unpin(old)
-            await self._pin(entry)
-
-    def _serve(self, entry: AdapterEntry, stored: StoredAdapter) -> None:
-        """Let new requests for the name use this content. If it is still on its way out, it stays."""
-        label = label_of(entry.name, stored.digest)
-        served = self._labelled.get(label)
-        if served is None:
-            adapter_id = self.cache.adapter_id(stored.digest)
-            request = self.runtime.request(label, adapter_id, stored.path)
-            served = self._labelled[label] = ServedAdapter(entry.name, stored, adapter_id, request)
-        served.removed = False
-        self._contents[stored.digest] = stored
-        self.current[entry.name] = served
-        served.notify()
+            await self._pins.move(entry, old)
 
     def _forget(self, entry: AdapterEntry) -> ServedAdapter | None:
         """Take the name away; what it stood for, to be retired."""
         self.registry.remove(entry.name)
-        return self.current.pop(entry.name, None)
-
-    async def _retire(self, served: ServedAdapter) -> None:
-        """Wait until nothing uses it, then free its slot, its host memory, its KV blocks and its copy on disk."""
-        while served.in_use and self.current.get(served.name) is not served:
-            await served.changed()
-        if self.current.get(served.name) is served or self._labelled.get(served.label) is not served:
-            return
-        del self._labelled[served.label]
-        await self.runtime.evict_blocks(served.label)
-        await self._free(served.stored.digest)
-
-    async def _free(self, digest: str) -> None:
-        """Let go of content, unless something needs it: another name, or a reading that has come to the same."""
-        if self._in_use(digest) or self._reader.reading(digest):
-            return
-        self._contents.pop(digest, None)
-        await self.cache.drop(digest)
-        await self._reader.collect(digest)
-
-    def _in_use(self, digest: str) -> bool:
-        return self.registry.uses(digest) or any(s.stored.digest == digest for s in self._labelled.values())
+        return self.contents.withdraw(entry.name)
 
     async def _set_pinned(self, entry: AdapterEntry, pinned: bool) -> None:
         if pinned and not entry.pinned:
             if entry.version is None:
                 await self._read(entry, entry.source)
-            assert entry.version is not None
-            self._refuse_more_pins(entry.version)
-            await self._pin(entry)
+            await self._pins.pin(entry)
         elif entry.pinned and not pinned:
-            entry.pinned = False
-            if entry.version is not None:
-                await self._unpin(entry.version)
+            await self._pins.unpin(entry)
         self.registry.put(entry)
-
-    def _refuse_more_pins(self, stored: StoredAdapter, besides: AdapterEntry | None = None) -> None:
-        pinned = self._pinned(besides)
-        if stored.digest not in pinned and len(pinned) + 1 >= self._slots:
-            raise AdapterConflictError(
-                what="pinned adapters",
-                got=f"{len(pinned)} of {self._slots} slots taken by them",
-                expected="at least one slot for the others",
-                fix="unpin an adapter, or start the server with more --slots",
-            )
-
-    async def _pin(self, entry: AdapterEntry) -> None:
-        assert entry.version is not None
-        entry.pinned = True  # from here on its slot counts as taken
-        self._share_slots()
-        try:
-            await self.cache.pin(entry.version)
-        except BaseException:
-            entry.pinned = False
-            self._share_slots()
-            raise
-
-    async def _unpin(self, stored: StoredAdapter) -> None:
-        if stored.digest not in self._pinned():
-            await self.cache.unpin(stored.digest)
-        self._share_slots()
-
-    def _pinned(self, besides: AdapterEntry | None = None) -> set[str]:
-        entries = [entry for entry in self.registry if entry.pinned and entry is not besides]
-        return {entry.version.digest for entry in entries if entry.version is not None}
-
-    def _share_slots(self) -> None:
-        """Pinned adapters have slots of their own; the others take turns on what is left."""
-        pinned = self._pinned()
-        self.turnstile.set_slots(self._slots - len(pinned), pinned)
 
     async def _prefetch_quietly(self, digest: str) -> None:
         """What fails here fails again for the request that needs it, and is told there."""
-        stored = self._contents.get(digest)
+        stored = self.contents.find(digest)
         if stored is None:  # gone before this began
             return
         try:

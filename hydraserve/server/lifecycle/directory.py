@@ -19,7 +19,7 @@ from hydraserve.adapters.archives import archive_stem, is_archive
 from hydraserve.adapters.locate import locate
 from hydraserve.adapters.registry import AdapterEntry, Origin, check_name
 from hydraserve.errors import AdapterError, HydraServeError
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.service import AdapterService
 
 logger = logging.getLogger("hydraserve.server")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from hydraserve.server.service import AdapterService
+from hydraserve.server.lifecycle.service import AdapterService
 
 
 class LoraRequestsInfo(Collector):

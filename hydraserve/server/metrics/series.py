@@ -18,9 +18,9 @@ from hydraserve.adapters.observation import EngineCounts, EngineObservation, Req
 from hydraserve.adapters.runtime import AdapterRuntime, EngineSizes, RequestHooks, Residency
 from hydraserve.errors import HydraServeError
 from hydraserve.metrics import Metrics
-from hydraserve.server.collapse import CollapseWindows
-from hydraserve.server.labels import OTHER, AdapterLabels
-from hydraserve.server.served import ServedAdapter, name_of
+from hydraserve.server.lifecycle.served import ServedAdapter, name_of
+from hydraserve.server.metrics.collapse import CollapseWindows
+from hydraserve.server.metrics.labels import OTHER, AdapterLabels
 
 logger = logging.getLogger("hydraserve.server")
 
