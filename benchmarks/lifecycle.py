@@ -127,22 +127,26 @@ def measure_stall(base: str, folder: Path) -> dict[str, Any]:
         server.run(names, 32, 4)
         phases: dict[str, list[float]] = {"quiet": [], "loading": []}
         loads: list[float] = []
-        for _ in range(3):
-            phases["quiet"] += gaps_of(server.run(names * 2, 200, 4))
+        pairs = []
+        for _ in range(8):
+            quiet = gaps_of(server.run(names * 2, 200, 4))
             stop = threading.Event()
             loader = threading.Thread(target=load_and_remove, args=(server, folder, stop, loads))
             loader.start()
-            phases["loading"] += gaps_of(server.run(names * 2, 200, 4))
+            loading = gaps_of(server.run(names * 2, 200, 4))
             stop.set()
             loader.join()
+            pairs.append(quantile(loading, 99) / quantile(quiet, 99))
+            phases["quiet"] += quiet
+            phases["loading"] += loading
         size = (folder / "large" / "large-0000" / "adapter_model.bin").stat().st_size
     values = {
         phase: {f"p{p}_ms": 1000 * quantile(gaps, p) for p in (50, 90, 99)} | {"max_ms": 1000 * max(gaps)}
         for phase, gaps in phases.items()
     }
     ratio = values["loading"]["p99_ms"] / values["quiet"]["p99_ms"]
-    loading = {"loads": len(loads), "bytes": size, "median_load_s": statistics.median(loads)}
-    return {**values, **loading, "p99_ratio": ratio, "target": 1.5, "met": ratio <= 1.5}
+    about = {"loads": len(loads), "bytes": size, "median_load_s": statistics.median(loads)}
+    return {**values, **about, "p99_ratio": ratio, "ratios_of_pairs": sorted(pairs), "target": 1.5, "met": ratio <= 1.5}
 
 
 def gaps_of(records: Sequence[RequestRecord]) -> list[float]:
