@@ -7,13 +7,14 @@ is started again for the next one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,10 @@ from hydraserve.errors import AdapterError, UnreadableFileError
 # Reading 16 GiB from a slow network disk takes minutes; anything longer hangs.
 READ_TIMEOUT_S = 1800.0
 _PR_SET_PDEATHSIG = 1
-# The lowest: the server and the engine share the machine's cores with the reader.
-_NICENESS = 19
+# A tenth of a core that others keep busy: the server and the engine share the machine's cores with the reader, but on a
+# machine without an idle one, the lowest priority would make an adapter wait for minutes.
+_NICENESS = 10
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def ingest(path: Path, store: Path, requirements: Requirements) -> StoredAdapter:
@@ -106,13 +109,20 @@ class Ingester:
     def _do(self, work: Callable[[], StoredAdapter], path: Path) -> StoredAdapter:
         with self._lock:
             try:
-                return self._reader().submit(_then_release_memory, work).result(self._timeout_s)
+                return self._submit(work).result(self._timeout_s)
             except BrokenProcessPool as error:
                 self._stop()
                 raise _killed(path, "it crashed the process that reads adapters") from error
             except TimeoutError as error:
                 self._stop()
                 raise _killed(path, f"reading it took more than {self._timeout_s:.0f} s") from error
+
+    def _submit(self, work: Callable[[], StoredAdapter]) -> Future[StoredAdapter]:
+        try:
+            return self._reader().submit(_then_release_memory, work)
+        except BrokenProcessPool:  # it ended since the last adapter, which is not this one's fault
+            self._stop()
+            return self._reader().submit(_then_release_memory, work)
 
     def start(self) -> None:
         """Start the reader now, so that the first adapter does not wait for it."""
@@ -144,8 +154,20 @@ def _prepare_reader() -> None:
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the server, however that ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
-    os.nice(_NICENESS)
+    yield_to_others()
     torch.set_num_threads(1)
+
+
+def yield_to_others() -> None:
+    """Give this process a low priority on the machine.
+
+    Linux may weigh sessions against each other and niceness only within one (autogroup, see sched(7)): in the server's
+    session, the process would take turns as an equal with whatever else the machine runs.
+    """
+    os.nice(_NICENESS)
+    with contextlib.suppress(OSError):  # it leads a session already; or the kernel does not group by session
+        os.setsid()
+        _AUTOGROUP.write_text(str(_NICENESS))
 
 
 def _then_release_memory(work: Callable[[], StoredAdapter]) -> StoredAdapter:

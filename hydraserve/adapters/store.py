@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -198,13 +199,14 @@ def _parse(data: torch.Tensor, path: Path) -> HydraAdapter:
     """The adapter, its tensors views of `data`.
 
     safetensors' own `load` copies everything in one call that holds Python's lock: a model that runs in another
-    thread of the process would stand still for tens of milliseconds.
+    thread of the process would stand still for tens of milliseconds. For the same reason, one operation per tensor.
     """
     text = data.numpy().data
     start = 8 + int.from_bytes(text[:8], "little")
     entries = json.loads(bytes(text[8:start]))
     header = json.loads(entries.pop("__metadata__")[_HEADER])
-    tensors = {name: _view(data, start, entry) for name, entry in entries.items()}
+    by_dtype = {name: _as(data[start:], SAFETENSORS_DTYPES[name]) for name in {e["dtype"] for e in entries.values()}}
+    tensors = {name: _view(by_dtype[entry["dtype"]], entry) for name, entry in entries.items()}
     modules = {
         module: _weights({part: tensors.get(f"{module}.{part}") for part in _TENSORS}, record)
         for module, record in header["modules"].items()
@@ -212,9 +214,18 @@ def _parse(data: torch.Tensor, path: Path) -> HydraAdapter:
     return HydraAdapter.of(modules, format=header["format"], base_model=header["base_model"], source=path)
 
 
-def _view(data: torch.Tensor, start: int, entry: Mapping[str, Any]) -> torch.Tensor:
-    begin, end = entry["data_offsets"]
-    return data[start + begin : start + end].view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
+def _as(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 data as `dtype`, without what is left at the end when its length does not divide."""
+    return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def _view(data: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    offset, rest = divmod(begin, data.itemsize)
+    if rest or end - begin != math.prod(shape) * data.itemsize:
+        raise ValueError(f"data at {begin} to {end} for shape {shape}")
+    return data.as_strided(shape, strides, data.storage_offset() + offset)
 
 
 def _weights(tensors: Mapping[str, Any], record: Mapping[str, Any]) -> HydraWeights:

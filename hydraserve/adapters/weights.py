@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -159,35 +159,55 @@ class AdapterSummary(_Sizes):
 def content_digest(modules: Mapping[str, HydraWeights]) -> str:
     """SHA-256, 64 hexadecimal digits, over everything that decides what the adapter computes.
 
-    That is, for each module in the order of its path: path, layout, scaling, and dtype, shape and bytes of each
-    tensor. Where it came from (file type, order of keys, training-only settings) does not count.
+    That is, for each module in the order of its path: path, layout, scaling, and dtype and shape of each tensor; then
+    the bytes of all tensors, in the order of their names ("model.layers.0.mlp.gate_proj.a"). Where it came from (file
+    type, order of keys, training-only settings) does not count.
     """
-    digest = hashlib.sha256(b"hydraserve adapter content 1")
+    digest = hashlib.sha256(b"hydraserve adapter content 2")
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(modules):
         weights = modules[path]
-        for text in (path, repr(weights.layout.record()), float(weights.scaling).hex()):
-            _update(digest, text.encode())
-        for tensor in (weights.a, weights.b, weights.router, weights.bias):
-            _update_tensor(digest, tensor)
+        parts = {"a": weights.a, "b": weights.b, "router": weights.router, "bias": weights.bias}
+        kinds = (f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "" for tensor in parts.values())
+        for text in (path, repr(weights.layout.record()), float(weights.scaling).hex(), *kinds):
+            # Length first, so that no two sequences of texts give the same stream.
+            digest.update(len(text.encode()).to_bytes(8, "little"))
+            digest.update(text.encode())
+        tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    for stretch in _stretches(tensors[name] for name in sorted(tensors)):
+        digest.update(stretch.numpy().data)
     return digest.hexdigest()
 
 
-class _Hash(Protocol):
-    def update(self, data: bytes | memoryview, /) -> None: ...
+def _stretches(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors' bytes one after another, uint8; those that lie side by side in memory, as a file's do, in one.
+
+    Tensor operations and hashing let go of Python's lock and take it again: hundreds of them would hold up a model
+    that runs in another thread of the process.
+    """
+    first: torch.Tensor | None = None
+    length = 0
+    for tensor in tensors:
+        if not tensor.is_cpu or not tensor.is_contiguous():
+            tensor = tensor.detach().to("cpu").contiguous()
+        if first is not None and _same_storage(first, tensor) and first.data_ptr() + length == tensor.data_ptr():
+            length += tensor.nbytes
+            continue
+        if first is not None:
+            yield _bytes(first, length)
+        first, length = tensor, tensor.nbytes
+    if first is not None:
+        yield _bytes(first, length)
 
 
-def _update(digest: _Hash, data: bytes | memoryview) -> None:
-    """Length first, so that no two sequences of parts give the same stream."""
-    digest.update(len(data).to_bytes(8, "little"))
-    digest.update(data)
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _update_tensor(digest: _Hash, tensor: torch.Tensor | None) -> None:
-    if tensor is None:
-        _update(digest, b"")
-        return
-    _update(digest, f"{tensor.dtype} {list(tensor.shape)}".encode())
-    _update(digest, tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+def _bytes(first: torch.Tensor, length: int) -> torch.Tensor:
+    """`length` bytes of memory from a contiguous tensor's first element on."""
+    start = first.storage_offset() * first.element_size()
+    return torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage(), start, (length,), (1,))
 
 
 def natural_order(paths: Iterable[str]) -> list[str]:

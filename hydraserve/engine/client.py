@@ -36,7 +36,7 @@ class EngineAdapters:
         return config._api_process_rank, config._api_process_count
 
     async def sizes(self) -> EngineSizes:
-        first = (await self._call("hydra_sizes"))[0]
+        first = (await self._call("hydra_ready"))[0]
         capacity = SlotCapacity(*first["capacity"])
         return EngineSizes(first["slots"], first["host_adapters"], capacity, tuple(first["targets"]))
 

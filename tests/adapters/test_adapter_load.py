@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from adapter_folders import (
 from hydra_kernels import Layout, SlotCapacity
 
 from hydraserve.adapters.checkpoint import inspect_adapter, load_adapter
-from hydraserve.adapters.weights import content_digest
+from hydraserve.adapters.synthetic import make_adapter
+from hydraserve.adapters.weights import HydraWeights, content_digest
 
 Q = "model.layers.2.self_attn.q_proj"
 
@@ -119,6 +121,29 @@ def test_the_digest_notices_swapped_heads_and_moved_modules(tmp_path: Path) -> N
         load_adapter(write(tmp_path / str(i), CONFIG, t)).digest for i, t in enumerate((tensors, swapped, moved))
     }
     assert len(digests) == 3
+
+
+def test_the_digest_does_not_depend_on_where_tensors_lie_in_memory() -> None:
+    """In one block as a file's do, in the block's opposite order, with gaps, or each on its own."""
+    apart = make_adapter({f"layers.{i}.q_proj": (16, 16) for i in range(3)}, ("q_proj",), 2, 3).modules
+    names = [(path, part) for path in sorted(apart) for part in ("a", "b", "router")]
+
+    def laid_out(order: list[tuple[str, str]], gap: int) -> dict[str, HydraWeights]:
+        block = torch.full((2, sum(getattr(apart[path], part).numel() + gap for path, part in order)), 7.0)[1]
+        views: dict[tuple[str, str], torch.Tensor] = {}
+        end = 0
+        for path, part in order:
+            tensor = getattr(apart[path], part)
+            views[path, part] = block[end : end + tensor.numel()].view(tensor.shape).copy_(tensor)
+            end += tensor.numel() + gap
+        return {path: replace(apart[path], **{p: views[path, p] for p in ("a", "b", "router")}) for path in apart}
+
+    expected = content_digest(apart)
+    for order, gap in ((names, 0), (names[::-1], 0), (names, 1)):
+        assert content_digest(laid_out(order, gap)) == expected
+    changed = laid_out(names, 0)
+    changed["layers.2.q_proj"].router[-1, -1] += 1  # type: ignore[index]
+    assert content_digest(changed) != expected
 
 
 def test_tensor_types_may_differ_within_a_module(tmp_path: Path) -> None:
