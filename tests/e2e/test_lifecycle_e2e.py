@@ -8,7 +8,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -269,7 +269,10 @@ def test_content_that_was_damaged_on_disk_fails_its_own_requests_only(
 
 
 class Load:
-    """Random requests and random changes at the same time, and what came of it."""
+    """Random requests and random changes at the same time, and what came of it.
+
+    It ends when there have been enough of both: how many changes fit beside a request is the machine's affair.
+    """
 
     def __init__(self, url: str, versions: list[Path], alone: dict[tuple[str, int], tuple[int, ...]]) -> None:
         self.url, self.versions, self.alone = url, versions, alone
@@ -277,18 +280,21 @@ class Load:
         self.answered = self.gone = self.changes = 0
         self.wrong: list[str] = []
 
-    async def run(self, requests: int, clients: int) -> None:
+    async def run(self, requests: int, changes: int, clients: int) -> None:
         limits = httpx.Limits(max_connections=clients + 2)
         async with httpx.AsyncClient(base_url=self.url, timeout=60, limits=limits) as http:
             for i, name in enumerate(self.names):
                 await http.post("/v1/adapters", json={"name": name, "source": str(self.versions[i])})
-            left = iter(range(requests))
             changing = asyncio.create_task(self._change(http, random.Random(0)))
-            await asyncio.gather(*(self._ask(http, left, random.Random(seed + 1)) for seed in range(clients)))
+
+            def enough() -> bool:
+                return self.answered + self.gone + len(self.wrong) >= requests and self.changes >= changes
+
+            await asyncio.gather(*(self._ask(http, enough, random.Random(seed + 1)) for seed in range(clients)))
             changing.cancel()
 
-    async def _ask(self, http: httpx.AsyncClient, left: Iterator[int], rng: random.Random) -> None:
-        for _ in left:
+    async def _ask(self, http: httpx.AsyncClient, enough: Callable[[], bool], rng: random.Random) -> None:
+        while not enough():
             name, i = rng.choice([*self.names, "tiny"]), rng.randrange(len(PROMPTS))
             answer = answer_of(await http.post("/v1/completions", json=completion(name, PROMPTS[i], 6)))
             self._check(name, i, answer)
@@ -329,11 +335,9 @@ def test_under_load_every_answer_is_that_of_its_own_content(
     alone: dict[tuple[str, int], tuple[int, ...]],
 ) -> None:
     load = Load(server.url, versions, alone)
-    asyncio.run(load.run(requests=3000, clients=24))
+    asyncio.run(load.run(requests=3000, changes=60, clients=24))
     assert load.wrong == []
-    assert load.answered + load.gone == 3000
     assert load.answered > 2000
-    assert load.changes > 50
     wait_for(lambda: all(card["requests_running"] == 0 for card in client.list()["data"]), "no request hangs")
 
 
