@@ -13,9 +13,9 @@ def test_what_is_there_at_the_start_is_frozen_once() -> None:
         freeze_heap()
         frozen = gc.get_freeze_count()
         assert frozen > 10_000  # torch alone brings more
-        later = [[] for _ in range(1000)]
+        later: list[list[object]] = [[] for _ in range(1000)]
         freeze_heap()
-        assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() <= frozen  # some of it may have ended since
         assert len(later) == 1000
     finally:
         gc.unfreeze()
