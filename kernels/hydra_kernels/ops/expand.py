@@ -14,6 +14,7 @@ a unit, and take the slower of two ways through the kernel, which loads B column
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -346,7 +347,8 @@ def expand_(
     b:           [slots, sum(out_slices), k], contiguous, see `StackedSlots`.
     layout, bias, slice_start, out_slices: as in `StackedSlots`.
     meta_host, meta_device: the buffer of a `StepMetadata(max_tokens, max_slots)`, which has at most T tokens.
-    config:      block sizes, default `tuning.expand_config`. They do not change a bit of the result.
+    config:      block sizes, default `tuning.expand_config`. They do not change a bit of the result. With pdl, y is
+                 read before the kernel waits: only for who launched a shrink with pdl just before, so never by default.
     probe:       `RoutingProbe.control`, of which slice i is router `first_router` + i; None to record nothing.
     carry:       `StepMetadata.carry`, with as many heads as the slots; None when no adapter has a shared router.
 
@@ -356,7 +358,7 @@ def expand_(
     tokens, rows = z.shape[-2:]
     _, out, k = b.shape
     slices, heads = bias.shape[1:]
-    config = config or expand_config(y.device, y.dtype, tokens, out, k, slices)
+    config = config or replace(expand_config(y.device, y.dtype, tokens, out, k, slices), pdl=False)
     programs = sum(-(-width // (config.block_out * config.out_steps)) for width in out_slices)
     tiles = tile_grid(meta_host, config.tile, tokens, max_slots, y.device)
     blocks = config.tile // config.tokens
