@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import provenance
 import torch
 import triton
 from hydra_kernels.tuning.machine_code import Launch, MachineCode, Specialisation, compile_launch, linear_launches
 from hydra_kernels.tuning.shapes import ADAPTERS, MODELS, LayerShape, capacity
 from hydra_kernels.weights import Layout
-from provenance import commit, versions
 
 CAPABILITIES = (80, 90)
 TOKENS = (1, 8, 64, 256, 2048, 8192)
@@ -116,7 +116,7 @@ def main() -> int:
         entries += [entry(launch, names, capability) for capability in CAPABILITIES]
         print(f"{i + 1} of {len(found)}: {names[0]} {launch.kernel.__name__}", flush=True)
     lines = ",\n  ".join(json.dumps(e) for e in entries)
-    header = json.dumps({"commit": commit(), "versions": versions()})[:-1]
+    header = json.dumps({"commit": provenance.commit(), "versions": provenance.versions()})[:-1]
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(f'{header},\n "entries": [\n  {lines}\n ]}}\n')
     print_table(entries)

@@ -137,7 +137,7 @@ def test_a_z_that_does_not_fit_is_not_launched() -> None:
     slots, meta, _, y = make("cpu")
     gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
     for z in (torch.zeros(2, 3, 12), torch.zeros(1, 4, 12), torch.zeros(2, 4, 12).half()):
-        with pytest.raises(ValueError, match=r"z: got .* expected float32 \[2, 4, rows\]"):
+        with pytest.raises(ValueError, match=r"z: got .* expected float32 \[2, 4, 'rows'\]"):
             library._expand_cuda(y, z, *gate, *meta_args(meta), None, 0)
 
 
@@ -172,6 +172,13 @@ def test_only_an_expand_behind_its_own_shrink_starts_early(monkeypatch: pytest.M
     with machine_code.recorded() as warm:
         library.launch_empty_steps(slots, 8)
     assert codes(machine_code, launches[1:]) <= codes(machine_code, warm)
+
+
+def test_the_reference_stays_on_its_tensors_device() -> None:
+    """The GPU benchmark compares there; a gate without a router is made from nothing that has a device."""
+    held = testing.random_weights(32, 8, Layout(16), torch.float32).to(device="meta")
+    y, x = torch.empty(4, 8, device="meta"), torch.empty(4, 32, device="meta")
+    assert reference.linear(y, x, [0, -1, 0, 0], [[held]], (8,)).device == y.device
 
 
 def test_the_package_needs_neither_triton_nor_a_gpu() -> None:

@@ -85,7 +85,7 @@ def _linear(
 
 
 def _nothing_to_do(meta_host: torch.Tensor, max_tokens: int, **rows: tuple[torch.Tensor, int, torch.dtype]) -> bool:
-    """Whether no token has an adapter. If any, raises ValueError for tensors that the kernels would read or write amiss.
+    """Whether no token has an adapter. If any: ValueError for tensors that the kernels would misread.
 
     rows: x, y or both by name, each [T, width] with its expected width and dtype.
     """
@@ -101,8 +101,8 @@ def _nothing_to_do(meta_host: torch.Tensor, max_tokens: int, **rows: tuple[torch
             )
     if not with_adapter <= tokens <= max_tokens:
         raise ValueError(
-            f"{next(iter(rows))}: got {tokens} rows, expected at least the {with_adapter} tokens with an adapter of the "
-            f"step and at most its {max_tokens}; call StepMetadata.update for these rows"
+            f"{next(iter(rows))}: got {tokens} rows, expected at least the {with_adapter} tokens with an adapter of "
+            f"the step and at most its {max_tokens}; call StepMetadata.update for these rows"
         )
     return False
 
@@ -145,9 +145,8 @@ def _expand_cuda(
     if _nothing_to_do(meta_host, max_tokens, y=(y, b.shape[1], b.dtype)):
         return
     if z.shape[:2] != (bias.shape[1], y.shape[0]) or z.dtype is not torch.float32:
-        raise ValueError(
-            f"z: got {z.dtype} {list(z.shape)}, expected float32 [{bias.shape[1]}, {y.shape[0]}, rows] as shrink gives it"
-        )
+        expected = [bias.shape[1], y.shape[0], "rows"]
+        raise ValueError(f"z: got {z.dtype} {list(z.shape)}, expected float32 {expected}; make it with shrink")
     from hydra_kernels.ops.expand import expand_
 
     meta = meta_host, meta_device, max_tokens, max_slots
