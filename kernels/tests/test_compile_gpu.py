@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ pytestmark = [
     ),
 ]
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 QKV = MODELS["llama-3-8b"][0]
 SLOTS = capacity(ADAPTERS["r8-e4"])
 
@@ -37,7 +40,7 @@ def check(code: MachineCode, matrix: str) -> None:
 def test_hopper(tokens: int) -> None:
     """In decode and in prefill alike, shrink multiplies by warps and expand by warp groups, 16 columns of K at once:
     so a row's sums are taken in one order, whatever the batch."""
-    shrink, expand = (compile_launch(x, 90) for x in linear_launches(QKV, SLOTS, tokens, torch.bfloat16))
+    shrink, expand = (compile_launch(x, 90) for x in linear_launches(QKV, SLOTS, tokens, torch.bfloat16)[:2])
     check(shrink, "HMMA")
     check(expand, "HGMMA")
     assert shrink.matrix == ("HMMA.16816.F32.BF16",)
@@ -45,15 +48,29 @@ def test_hopper(tokens: int) -> None:
 
 
 def test_ampere() -> None:
-    for launch in linear_launches(QKV, SLOTS, 8, torch.float16):
+    for launch in linear_launches(QKV, SLOTS, 8, torch.float16)[:2]:
         code = compile_launch(launch, 80)
         check(code, "HMMA")
         assert code.matrix == ("HMMA.16816.F32",)
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_results_are_of_these_kernels(version: str) -> None:
+    """What is written down about the machine code is about kernels of the present names and parameters."""
+    entries = json.loads((RESULTS / f"compile_triton_{version}.json").read_text())["entries"]
+    present = {}
+    for launch in linear_launches(QKV, SLOTS, 8, torch.bfloat16):
+        constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+        present[launch.kernel.__name__.strip("_")] = constants
+    assert {entry["kernel"] for entry in entries} == set(present)
+    for entry in entries:
+        assert present[entry["kernel"]] <= set(entry["constants"]), "measure again: bench_compile.py"
+        assert (entry["spills"], entry["stack_bytes"]) == (0, 0)
+
+
 def test_programmatic_dependent_launch() -> None:
     config = ExpandConfig(16, 16, 64, 1, 32, pdl=True)
-    shrink, expand = linear_launches(QKV, SLOTS, 8, torch.bfloat16, expand_config=config)
+    shrink, expand, _ = linear_launches(QKV, SLOTS, 8, torch.bfloat16, expand_config=config)
     assert expand.options["launch_pdl"]
     assert "launch_pdl" not in shrink.options, "shrink itself has to wait for what writes x"
     assert compile_launch(shrink, 90).pdl == ("PREEXIT",)

@@ -134,7 +134,10 @@ def tune_layer(
     vary = {"shrink": shrink_key not in known, "expand": expand_key not in known}
     if not any(vary.values()):
         return
-    start = default_shrink(tokens, layout.z_rows, slices, 2), default_expand(tokens, layout.k, 2)
+    start = (
+        default_shrink(tokens, shape.in_features, layout.z_rows, slices, 2),
+        default_expand(tokens, shape.out, layout.k, 2),
+    )
     if not vary["shrink"]:
         start = ShrinkConfig(**known[shrink_key]["config"]), start[1]
     if not vary["expand"]:
