@@ -27,7 +27,7 @@ from hydra_kernels.tuning.shapes import ADAPTERS, MODELS, LayerShape, capacity
 from hydra_kernels.weights import Layout
 
 CAPABILITIES = (80, 90)
-TOKENS = (1, 8, 64, 256, 2048, 8192)
+TOKENS = (1, 8, 64, 128, 256, 2048, 8192)
 WIDE = Layout(64, 8, has_router=True)
 RESULTS = Path(__file__).parent / "results"
 
