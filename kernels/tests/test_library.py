@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_not_launched(change: Any, message: str) -> None:
     x, y = change(x, y)
     with pytest.raises(ValueError, match=message):
         library._linear_cuda(y, x, slots.a, *gate, *meta_args(meta), None, 0)
-    meta.update([-1])  # nothing to do, so nothing is asked
+    meta.update([-1])  # nothing to do, so nothing is asked for
     library._linear_cuda(y, x, slots.a, *gate, *meta_args(meta), None, 0)
 
 
@@ -166,7 +166,7 @@ def test_only_an_expand_behind_its_own_shrink_starts_early(monkeypatch: pytest.M
     slots, meta, x, y = make("cpu")
     gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
     with machine_code.recorded() as launches:
-        library._linear_cuda(y, x, slots.a, *gate, *meta_args(meta), None, 0, meta.carry)
+        library._linear_cuda(torch.randn(4, 50), x, slots.a, *gate, *meta_args(meta), None, 0, meta.carry)  # wider y
         library._expand_cuda(y, torch.zeros(2, 4, slots.capacity.rows), *gate, *meta_args(meta), None, 0, meta.carry)
     assert [launch.arguments["PDL"] for launch in launches] == [True, True, False]
     with machine_code.recorded() as warm:

@@ -87,14 +87,15 @@ def _linear(
 def _nothing_to_do(meta_host: torch.Tensor, max_tokens: int, **rows: tuple[torch.Tensor, int, torch.dtype]) -> bool:
     """Whether no token has an adapter. If any: ValueError for tensors that the kernels would misread.
 
-    rows: x, y or both by name, each [T, width] with its expected width and dtype.
+    rows: x, y or both by name, each [T, width] with its expected width and dtype; y may be wider.
     """
     with_adapter, segments = meta_host[:NUM_TILES].tolist()
     if segments == 0:
         return True
     tokens = next(iter(rows.values()))[0].shape[0]
     for name, (t, width, dtype) in rows.items():
-        if t.shape != (tokens, width) or t.stride(1) != 1 or t.dtype is not dtype:
+        wide = t.shape[1] == width or (name == "y" and t.shape[1] > width)
+        if not wide or t.shape[0] != tokens or t.stride(1) != 1 or t.dtype is not dtype:
             raise ValueError(
                 f"{name}: got {t.dtype} {list(t.shape)} with column stride {t.stride(1)}, "
                 f"expected {dtype} {[tokens, width]} with contiguous rows"
@@ -102,7 +103,7 @@ def _nothing_to_do(meta_host: torch.Tensor, max_tokens: int, **rows: tuple[torch
     if not with_adapter <= tokens <= max_tokens:
         raise ValueError(
             f"{next(iter(rows))}: got {tokens} rows, expected at least the {with_adapter} tokens with an adapter of "
-            f"the step and at most its {max_tokens}; call StepMetadata.update for these rows"
+            f"the step and at most its {max_tokens}; update StepMetadata for these rows"
         )
     return False
 
