@@ -51,6 +51,14 @@ def test_ampere() -> None:
         assert code.matrix == ("HMMA.16816.F32",)
 
 
+def test_sum_of_partial_sums() -> None:
+    """Loads, additions, stores: nothing else, and the benchmark can tell how many programs run at once."""
+    launch = linear_launches(QKV, SLOTS, 8, torch.bfloat16)[2]
+    code = compile_launch(launch, 90)
+    assert (code.spills, code.stack_bytes, code.matrix) == (0, 0, ())
+    assert launch.options["num_warps"] == 4
+
+
 def test_programmatic_dependent_launch() -> None:
     config = ExpandConfig(16, 16, 64, 1, 32, pdl=True)
     shrink, expand, _ = linear_launches(QKV, SLOTS, 8, torch.bfloat16, expand_config=config)
