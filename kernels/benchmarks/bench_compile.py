@@ -4,8 +4,9 @@
 
 Compiles what the launchers would launch on a GPU for which nothing was measured, for the layers of Llama-2-7B,
 Llama-3-8B and Llama-3-70B, r=8 E=4 and r=16 E=8 (for one layer also r=64 E=8, whose K takes several blocks, other
-dtypes, and with a routing probe), decode and prefill, on sm_80 and sm_90. Layers whose launches are the same code are
-one entry. Exits with 1 when any kernel spills.
+dtypes, with a routing probe, and on sm_90 with programmatic dependent launch), decode and prefill, on sm_80 and sm_90.
+Layers whose launches are the same code are one entry. Exits with 1 when any kernel spills. What Triton has compiled
+before comes from its cache, so that a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import provenance
 import torch
 import triton
+from hydra_kernels.tuning.config import default_expand, power_of_two
 from hydra_kernels.tuning.machine_code import Launch, MachineCode, Specialisation, compile_launch, linear_launches
 from hydra_kernels.tuning.shapes import ADAPTERS, MODELS, LayerShape, capacity
 from hydra_kernels.weights import Layout
-from provenance import commit, versions
 
 CAPABILITIES = (80, 90)
-TOKENS = (1, 8, 64, 256, 2048, 8192)
+TOKENS = (1, 8, 64, 128, 256, 2048, 8192)
 WIDE = Layout(64, 8, has_router=True)
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,6 +45,15 @@ class Case:
     tokens: int
     dtype: torch.dtype = torch.bfloat16
     probe: bool = False
+    pdl: bool = False
+
+    def launches(self) -> tuple[Launch, ...]:
+        """Shrink, expand, and the sum of partial sums."""
+        size, config = capacity(self.layout), None
+        if self.pdl:
+            default = default_expand(power_of_two(self.tokens), self.layer.out, size.k, self.dtype.itemsize)
+            config = replace(default, pdl=True)
+        return linear_launches(self.layer, size, self.tokens, self.dtype, expand_config=config, probe=self.probe)
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -58,6 +69,7 @@ def cases(quick: bool) -> Iterator[Case]:
         for dtype in (torch.float16, torch.float32):
             yield Case(f"{name} {str(dtype)[6:]}", layer, ADAPTERS["r16-e8"], tokens, dtype)
         yield Case(f"{name} with a routing probe", layer, ADAPTERS["r16-e8"], tokens, probe=True)
+        yield Case(f"{name} with dependent launch", layer, ADAPTERS["r16-e8"], tokens, pdl=True)
         yield Case(f"llama-3-8b qkv r64-e8 T={tokens}", layer, WIDE, tokens)
 
 
@@ -65,8 +77,7 @@ def distinct(quick: bool) -> dict[tuple[str, ...], tuple[Launch, list[str]]]:
     """The launches that are different code, each with the cases that it serves."""
     found: dict[tuple[str, ...], tuple[Launch, list[str]]] = {}
     for case in cases(quick):
-        pair = linear_launches(case.layer, capacity(case.layout), case.tokens, case.dtype, probe=case.probe)
-        for launch in pair:
+        for launch in case.launches():
             key = (launch.kernel.__name__, str(Specialisation.of(launch)), str(launch.options))
             found.setdefault(key, (launch, []))[1].append(case.name)
     return found
@@ -87,7 +98,7 @@ def entry(launch: Launch, names: list[str], capability: int) -> dict[str, object
     return {
         "kernel": launch.kernel.__name__.strip("_"),
         "capability": capability,
-        "dtype": special.signature["a_ptr" if "a_ptr" in special.signature else "b_ptr"][1:],
+        "dtype": next(special.signature[name] for name in ("a_ptr", "b_ptr", "z_ptr") if name in special.signature)[1:],
         **asdict(code),
         "programs_at_once": programs_at_once(code, launch, capability),
         "options": dict(launch.options),
@@ -113,10 +124,11 @@ def main() -> int:
     entries = []
     found = distinct(options.quick)
     for i, (launch, names) in enumerate(found.values()):
-        entries += [entry(launch, names, capability) for capability in CAPABILITIES]
+        least = 90 if launch.arguments.get("PDL") else 80
+        entries += [entry(launch, names, capability) for capability in CAPABILITIES if capability >= least]
         print(f"{i + 1} of {len(found)}: {names[0]} {launch.kernel.__name__}", flush=True)
     lines = ",\n  ".join(json.dumps(e) for e in entries)
-    header = json.dumps({"commit": commit(), "versions": versions()})[:-1]
+    header = json.dumps({"commit": provenance.commit(), "versions": provenance.versions()})[:-1]
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(f'{header},\n "entries": [\n  {lines}\n ]}}\n')
     print_table(entries)

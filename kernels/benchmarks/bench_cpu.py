@@ -17,12 +17,12 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import provenance  # isort: skip  # puts hydra_kernels on the path
 import hydra_kernels as hk
 import torch
 from hydra_kernels import testing
@@ -156,8 +156,6 @@ def call_overhead(layers: Sequence[Layer]) -> dict[str, float]:
 
 def environment() -> dict[str, object]:
     """Machine, commit and versions."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     models = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -165,8 +163,8 @@ def environment() -> dict[str, object]:
         "machine": {"cpu": models[0] if models else platform.machine(), "cores": len(models)},
         "isa": build.load().isa,
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
 

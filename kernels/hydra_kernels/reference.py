@@ -49,7 +49,8 @@ def delta(
     layout = weights.layout
     u = x.to(dtype) @ weights.a.to(dtype).T
     u = u[:, None, :] if layout.shared_a else u.view(-1, layout.heads, layout.rank)  # [T, 1 | E, r]
-    h = routing_weights(x, weights, dtype, carried)[:, :, None] * u  # [T, E, r]
+    w = routing_weights(x, weights, dtype, carried).to(x.device)
+    h = w[:, :, None] * u  # [T, E, r]
     return weights.scaling * torch.einsum("ter,eor->to", h, weights.b.to(dtype))
 
 

@@ -94,6 +94,11 @@ class LayerSlots(ABC):
         self.carries |= any(layout is not None and layout.carry for layout in self.layouts[slot])
         self._store(slot, weights)
 
+    def _check(self, meta: StepMetadata) -> None:
+        """The ops find the parts of the metadata by the number of slots. Raises ValueError when it is another."""
+        if meta.max_slots != self.num_slots:
+            raise ValueError(f"step metadata: got {meta.max_slots} slots, expected {self.num_slots} as in the layer")
+
     def _carry(self, meta: StepMetadata) -> torch.Tensor | None:
         """The step's buffer of logits. Raises ValueError when an adapter needs one that is not there."""
         room = 0 if meta.carry is None else meta.carry.shape[1]
@@ -179,14 +184,17 @@ class StackedSlots(LayerSlots):
         return sum(t.numel() * t.element_size() for t in (self.a, self.b, self.layout, self.bias))
 
     def linear_(self, y: torch.Tensor, x: torch.Tensor, meta: StepMetadata) -> None:
+        self._check(meta)
         step = *meta_args(meta), *self._probe_args(), self._carry(meta)
         torch.ops.hydra_kernels.linear_(y, x, self.a, *self._expand_args(), *step)
 
     def shrink(self, x: torch.Tensor, meta: StepMetadata) -> torch.Tensor:
+        self._check(meta)
         z: torch.Tensor = torch.ops.hydra_kernels.shrink(x, self.a, self.layout, *meta_args(meta))
         return z
 
     def expand_(self, y: torch.Tensor, z: torch.Tensor, meta: StepMetadata) -> None:
+        self._check(meta)
         step = *meta_args(meta), *self._probe_args(), self._carry(meta)
         torch.ops.hydra_kernels.expand_(y, z, *self._expand_args(), *step)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -57,12 +58,44 @@ def test_dry_run(bench_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     assert "cells slower than the peer" in capsys.readouterr().out
 
 
-def test_a_wrong_result_is_not_measured(bench_gpu: ModuleType) -> None:
+@pytest.mark.parametrize("wrong", ["ours", "peer"])
+def test_a_wrong_result_is_not_measured(bench_gpu: ModuleType, wrong: str) -> None:
+    """Not even a slightly wrong one, after many calls that have all added to y."""
     case = bench_gpu.LayerCase(bench_gpu.TINY["tiny"][0], bench_gpu.ADAPTERS["r8-e4"], 2, 8, "cpu", None)
     calls = case.calls(8, 2)
-    case.ours.b.mul_(2)
-    with pytest.raises(RuntimeError, match="got error"):
+    case.check(8, calls)
+    case.y.mul_(1e4)
+    {"ours": case.ours, "peer": case.plain}[wrong].b.mul_(1.001)
+    with pytest.raises(RuntimeError, match=f"{wrong}: got error"):
         case.check(8, calls)
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    bench_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measure = tmp_path / "results.json", bench_gpu.measure
+
+    def first_layer_only(*arguments: Any) -> Any:
+        if arguments[2].shape.name != "qkv":
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(bench_gpu, "measure", first_layer_only)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.main(["--dry-run", "--rounds", "1", "--tokens", "1", "--out", str(out)])
+    assert [cell["layer"] for cell in json.loads(out.read_text())["cells"]] == ["qkv"]
+
+
+@pytest.mark.parametrize("name", ["bench_gpu", "bench_cpu"])
+def test_one_command_where_nothing_is_installed(name: str, tmp_path: Path) -> None:
+    """Packages are found (PYTHONPATH), an editable install of this one is not (-S: no .pth files)."""
+    assert torch.__file__ is not None
+    packages = str(Path(torch.__file__).parents[1])
+    command = [sys.executable, "-S", str(BENCHMARKS / f"{name}.py"), "--help"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": packages}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_moved_bytes(bench_gpu: ModuleType) -> None:

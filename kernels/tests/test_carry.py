@@ -106,6 +106,21 @@ def test_a_block_with_one_router(slots: type[LayerSlots], dtype: torch.dtype, sp
 
 
 @pytest.mark.parametrize("slots", [StackedSlots, cpu.PackedSlots])
+def test_a_compiled_block_with_one_router(slots: type[LayerSlots]) -> None:
+    """The compiler, which sees what is written, keeps the order of the two layers though they share no other tensor."""
+    case = Block(slots, torch.float32)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        first, second = x.new_zeros(TOKENS, 2 * WIDE), x.new_zeros(TOKENS, HIDDEN)
+        hk.linear_(first, x, case.first, case.meta)
+        hk.linear_(second, h, case.second, case.meta)
+        return second
+
+    assert testing.max_error(run(case.x, case.h), case.expected()) < testing.TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("slots", [StackedSlots, cpu.PackedSlots])
 def test_without_a_carry_such_an_adapter_is_refused(slots: type[LayerSlots]) -> None:
     case = Block(slots, torch.float32)
     without = hk.StepMetadata(64, 4)

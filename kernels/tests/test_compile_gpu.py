@@ -37,7 +37,7 @@ def check(code: MachineCode, matrix: str) -> None:
 def test_hopper(tokens: int) -> None:
     """In decode and in prefill alike, shrink multiplies by warps and expand by warp groups, 16 columns of K at once:
     so a row's sums are taken in one order, whatever the batch."""
-    shrink, expand = (compile_launch(x, 90) for x in linear_launches(QKV, SLOTS, tokens, torch.bfloat16))
+    shrink, expand = (compile_launch(x, 90) for x in linear_launches(QKV, SLOTS, tokens, torch.bfloat16)[:2])
     check(shrink, "HMMA")
     check(expand, "HGMMA")
     assert shrink.matrix == ("HMMA.16816.F32.BF16",)
@@ -45,15 +45,23 @@ def test_hopper(tokens: int) -> None:
 
 
 def test_ampere() -> None:
-    for launch in linear_launches(QKV, SLOTS, 8, torch.float16):
+    for launch in linear_launches(QKV, SLOTS, 8, torch.float16)[:2]:
         code = compile_launch(launch, 80)
         check(code, "HMMA")
         assert code.matrix == ("HMMA.16816.F32",)
 
 
+def test_sum_of_partial_sums() -> None:
+    """Loads, additions, stores: nothing else, and the benchmark can tell how many programs run at once."""
+    launch = linear_launches(QKV, SLOTS, 8, torch.bfloat16)[2]
+    code = compile_launch(launch, 90)
+    assert (code.spills, code.stack_bytes, code.matrix) == (0, 0, ())
+    assert launch.options["num_warps"] == 4
+
+
 def test_programmatic_dependent_launch() -> None:
     config = ExpandConfig(16, 16, 64, 1, 32, pdl=True)
-    shrink, expand = linear_launches(QKV, SLOTS, 8, torch.bfloat16, expand_config=config)
+    shrink, expand, _ = linear_launches(QKV, SLOTS, 8, torch.bfloat16, expand_config=config)
     assert expand.options["launch_pdl"]
     assert "launch_pdl" not in shrink.options, "shrink itself has to wait for what writes x"
     assert compile_launch(shrink, 90).pdl == ("PREEXIT",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hydra_kernels as hk
 import pytest
 import torch
@@ -114,11 +116,11 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ids", [[-1, -1], [0, 2, 1, -1, 2]], ids=["base", "mixed"])
 def test_opcheck(ids: list[int], dtype: torch.dtype) -> None:
-    case = make_case(LAYOUTS[:3], ids, 50, (40, 24), dtype)
-    table, meta = case.slots.table, case.meta.host
-    torch.library.opcheck(OPS.cpu_linear_.default, (case.y, case.x, table, meta))
+    case = make_case([replace(HYDRA, carry=hk.Carry.GIVES), *LAYOUTS[1:3]], ids, 50, (40, 24), dtype)
+    table, meta, carry = case.slots.table, case.meta.host, torch.zeros(len(ids), 4)
+    torch.library.opcheck(OPS.cpu_linear_.default, (case.y, case.x, table, meta, carry))
     torch.library.opcheck(OPS.cpu_shrink.default, (case.x, table, meta, 20))
-    torch.library.opcheck(OPS.cpu_expand_.default, (case.y, torch.randn(2, len(ids), 20), table, meta))
+    torch.library.opcheck(OPS.cpu_expand_.default, (case.y, torch.randn(2, len(ids), 20), table, meta, carry))
 
 
 def test_compiled_code_follows_the_metadata_and_the_slots() -> None:

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from hydra_kernels import Layout, StepMetadata, reference, testing
+from hydra_kernels import Carry, Layout, StepMetadata, reference, testing
 from hydra_kernels.ops import library
 from hydra_kernels.slots import StackedSlots, meta_args
-from triton_cases import GPU, on_gpu
+from hydra_kernels.tuning import ExpandConfig
+from triton_cases import GPU
 
-LAYOUTS = [Layout(8, 4, has_router=True), Layout(3, 2, has_router=True, has_bias=True)]
+LAYOUTS = [
+    Layout(8, 4, has_router=True, carry=Carry.GIVES),
+    Layout(3, 2, has_router=True, has_bias=True),
+]
 OUT = (24, 16)
 IDS = [1, 0, -1, 1]
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")])]
@@ -25,7 +29,7 @@ def make(device: str) -> tuple[StackedSlots, StepMetadata, torch.Tensor, torch.T
     slots = StackedSlots(2, 40, OUT, testing.capacity_for(LAYOUTS), torch.float32, device)
     for i, layout in enumerate(LAYOUTS):
         slots.load(i, [testing.random_weights(40, out, layout, torch.float32, 2 * i + j) for j, out in enumerate(OUT)])
-    meta = StepMetadata(8, 2, device)
+    meta = StepMetadata(8, 2, device, slots.capacity.heads)
     meta.update(IDS)
     return slots, meta, torch.randn(4, 40, device=device), torch.randn(4, sum(OUT), device=device)
 
@@ -36,10 +40,11 @@ def test_opcheck(device: str) -> None:
     slots, meta, x, y = make(device)
     ops, step = torch.ops.hydra_kernels, meta_args(meta)
     gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
-    probe = None, 0
-    torch.library.opcheck(ops.linear_.default, (y, x, slots.a, *gate, *step, *probe))
     torch.library.opcheck(ops.shrink.default, (x, slots.a, slots.layout, *step))
-    torch.library.opcheck(ops.expand_.default, (y, slots.shrink(x, meta), *gate, *step, *probe))
+    z = slots.shrink(x, meta)
+    for carry in (meta.carry, None):
+        torch.library.opcheck(ops.linear_.default, (y, x, slots.a, *gate, *step, None, 0, carry))
+        torch.library.opcheck(ops.expand_.default, (y, z, *gate, *step, None, 0, carry))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -104,13 +109,76 @@ def test_warm_up_leaves_nothing_to_compile(dtype: torch.dtype) -> None:
         assert codes(machine_code, launches) <= known, tokens
 
 
-@on_gpu
-def test_rows_that_do_not_fit_are_refused() -> None:
-    slots, meta, x, y = make("cuda")
-    with pytest.raises(ValueError, match="got 2 rows"):
-        slots.linear_(y[:2], x[:2], meta)
-    with pytest.raises(ValueError, match="column stride 4"):
-        slots.linear_(y, x.T.contiguous().T, meta)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x[:2], y[:2]), "x: got 2 rows, expected at least the 3 tokens"),
+        (lambda x, y: (x.repeat(3, 1), y.repeat(3, 1)), "x: got 12 rows, .* at most its 8"),
+        (lambda x, y: (x, y[:3]), r"y: got torch.float32 \[3, 40\] .* expected torch.float32 \[4, 40\]"),
+        (lambda x, y: (x, y[:, :-1]), r"y: got .* \[4, 39\]"),
+        (lambda x, y: (x[:, :-1], y), r"x: got .* \[4, 39\]"),
+        (lambda x, y: (x.T.contiguous().T, y), "x: got .* column stride 4"),
+        (lambda x, y: (x, y.T.contiguous().T), "y: got .* column stride 4"),
+        (lambda x, y: (x, y.half()), "y: got torch.float16"),
+    ],
+)
+def test_what_does_not_fit_is_not_launched(change: Any, message: str) -> None:
+    """The checks before the kernels, which are the same without a GPU."""
+    slots, meta, x, y = make("cpu")
+    gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
+    x, y = change(x, y)
+    with pytest.raises(ValueError, match=message):
+        library._linear_cuda(y, x, slots.a, *gate, *meta_args(meta), None, 0)
+    meta.update([-1])  # nothing to do, so nothing is asked for
+    library._linear_cuda(y, x, slots.a, *gate, *meta_args(meta), None, 0)
+
+
+def test_a_z_that_does_not_fit_is_not_launched() -> None:
+    slots, meta, _, y = make("cpu")
+    gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
+    for z in (torch.zeros(2, 3, 12), torch.zeros(1, 4, 12), torch.zeros(2, 4, 12).half()):
+        with pytest.raises(ValueError, match=r"z: got .* expected float32 \[2, 4, 'rows'\]"):
+            library._expand_cuda(y, z, *gate, *meta_args(meta), None, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_for_other_slots_is_refused(device: str) -> None:
+    slots, _, x, y = make(device)
+    other = StepMetadata(8, 3, device, slots.capacity.heads)
+    other.update([2, 0])
+    for call in (lambda: slots.linear_(y, x, other), lambda: slots.shrink(x, other)):
+        with pytest.raises(ValueError, match="got 3 slots, expected 2"):
+            call()
+    with pytest.raises(ValueError, match="got 3 slots, expected 2"):
+        slots.expand_(y, torch.zeros(2, 4, slots.capacity.rows, device=device), other)
+
+
+def test_only_an_expand_behind_its_own_shrink_starts_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calls expand_ alone may have written y just before, with a kernel that does not wait for anyone."""
+    machine_code = pytest.importorskip("hydra_kernels.tuning.machine_code", reason="Triton is not installed")
+    from hydra_kernels.ops import expand
+
+    def measured(*_: object) -> ExpandConfig:
+        return ExpandConfig(16, 16, 64, 1, 32, pdl=True)
+
+    for module in (library, expand):
+        monkeypatch.setattr(module, "expand_config", measured)
+    slots, meta, x, y = make("cpu")
+    gate = (slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices)
+    with machine_code.recorded() as launches:
+        library._linear_cuda(torch.randn(4, 50), x, slots.a, *gate, *meta_args(meta), None, 0, meta.carry)  # wider y
+        library._expand_cuda(y, torch.zeros(2, 4, slots.capacity.rows), *gate, *meta_args(meta), None, 0, meta.carry)
+    assert [launch.arguments["PDL"] for launch in launches] == [True, True, False]
+    with machine_code.recorded() as warm:
+        library.launch_empty_steps(slots, 8)
+    assert codes(machine_code, launches[1:]) <= codes(machine_code, warm)
+
+
+def test_the_reference_stays_on_its_tensors_device() -> None:
+    """The GPU benchmark compares there; a gate without a router is made from nothing that has a device."""
+    held = testing.random_weights(32, 8, Layout(16), torch.float32).to(device="meta")
+    y, x = torch.empty(4, 8, device="meta"), torch.empty(4, 32, device="meta")
+    assert reference.linear(y, x, [0, -1, 0, 0], [[held]], (8,)).device == y.device
 
 
 def test_the_package_needs_neither_triton_nor_a_gpu() -> None:

@@ -116,6 +116,21 @@ def test_the_first_head_wins_a_tie(renormalize: bool) -> None:
     assert testing.max_error(y.cpu(), expected) < 2e-5
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("wrong", [[2], [0, 1, 2, 3]], ids=["one head", "all heads"])
+def test_a_logit_that_is_no_number_is_not_hidden(top_k: int, wrong: list[int]) -> None:
+    """As in the reference, the whole row is NaN, and no other row is."""
+    layout = Layout(8, 4, top_k=top_k, has_router=True)
+    layer = make_layer([layout], torch.float32, 40, (16,))
+    z, y = random_z(layer, 3), rows(3, 16, torch.float32)
+    z[..., 1, layout.a_rows + torch.tensor(wrong)] = float("nan")
+    expected = expected_y(layer, y, z[0], [0, 0, 0])
+    assert expected[1].isnan().all()
+    layer.expand_(y, z, layer.step([0, 0, 0]))
+    assert y[1].isnan().all()
+    assert testing.max_error(y[[0, 2]].cpu(), expected[[0, 2]]) < 2e-5
+
+
 def test_what_an_earlier_adapter_left_is_not_read() -> None:
     """A slot is loaded again with a smaller adapter, after one whose weights were not even finite."""
     small, large = Layout(3, 3, has_router=True), Layout(11, 4, has_router=True, has_bias=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import hydra_kernels.tuning as tuning
@@ -14,6 +15,7 @@ from hydra_kernels.tuning.config import CHUNK_UNIT, MAX_CHUNKS, chunk_size, defa
 from hydra_kernels.tuning.shapes import ADAPTERS, MODELS
 from hydra_kernels.tuning.timing import Timer
 from hydra_kernels.tuning.tune import Pair, search
+from hydra_kernels.weights import Layout
 
 SHRINK = ShrinkConfig(16, 4, 16, 128)
 EXPAND = ExpandConfig(64, 32, 128, 4, 64, warps=8, registers=128, pdl=True)
@@ -56,7 +58,7 @@ def test_the_kernels_use_the_table_of_their_gpu(made_up_gpu: Path) -> None:
     cuda = torch.device("cuda")
     assert tuning.shrink_config(cuda, torch.bfloat16, 33, 4096, 24, 3) == SHRINK
     assert tuning.expand_config(cuda, torch.float16, 2048, 6144, 128, 3) == EXPAND
-    defaults = default_shrink(64, 12, 3, 2), default_shrink(64, 24, 3, 4)
+    defaults = default_shrink(64, 4096, 12, 3, 2), default_shrink(64, 4096, 24, 3, 4)
     assert tuning.shrink_config(cuda, torch.bfloat16, 33, 4096, 12, 3) == defaults[0], "a shape that was not measured"
     assert tuning.shrink_config(cuda, torch.float32, 33, 4096, 24, 3) == defaults[1], "no tensor cores"
 
@@ -64,7 +66,7 @@ def test_the_kernels_use_the_table_of_their_gpu(made_up_gpu: Path) -> None:
 @pytest.mark.usefixtures("made_up_gpu")
 def test_without_a_table_there_are_defaults() -> None:
     found = tuning.expand_config(torch.device("cuda"), torch.bfloat16, 2000, 6144, 128, 3)
-    assert found == default_expand(2048, 128, 2)
+    assert found == default_expand(2048, 6144, 128, 2)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +112,40 @@ def test_chunks_cover_in(in_features: int) -> None:
         assert (splits - 1) * chunks * chunk < in_features <= splits * chunks * chunk
 
 
+SHAPES = [layer for layers in MODELS.values() for layer in layers]
+
+
 def test_there_are_defaults_for_every_shape() -> None:
     """They are valid by being made; small batches are split so that they fill a GPU."""
-    for layer in (layer for layers in MODELS.values() for layer in layers):
-        for layout in ADAPTERS.values():
+    for layer in SHAPES:
+        for layout in (*ADAPTERS.values(), Layout(64, 8, has_router=True)):
             for tokens in (1, 2, 16, 64, 512, 1024, 8192, 1 << 20):
                 for itemsize in (2, 4):
-                    shrink = default_shrink(tokens, layout.z_rows, len(layer.out_slices), itemsize)
-                    default_expand(tokens, layout.k, itemsize)
-                    if tokens == 1:
+                    slices = len(layer.out_slices)
+                    shrink = default_shrink(tokens, layer.in_features, layout.z_rows, slices, itemsize)
+                    default_expand(tokens, layer.out, layout.k, itemsize)
+                    if tokens == 1 and layout in ADAPTERS.values():
                         assert shrink.splits(layer.in_features) >= 8
+
+
+@pytest.mark.parametrize("tokens", [128, 256, 512, 1024, 2048, 8192])
+def test_defaults_fill_a_gpu_and_read_little_twice(tokens: int) -> None:
+    """For one adapter: programs, and the bytes of B and z that expand reads, against y read and written."""
+    for layer, layout in product(SHAPES, ADAPTERS.values()):
+        expand = default_expand(tokens, layer.out, layout.k, 2)
+        shrink = default_shrink(tokens, layer.in_features, layout.z_rows, len(layer.out_slices), 2)
+        splits, y = shrink.splits(layer.in_features), 4 * tokens * layer.out
+        assert splits * len(layer.out_slices) * tokens / shrink.tile >= 48
+        blocks = tokens / expand.tokens
+        assert 2 * layout.k * layer.out * blocks <= (2 if tokens < 2048 else 1) * y
+        programs = blocks * layer.out / (64 * expand.out_steps)
+        assert programs >= 512 or expand.out_steps == 1
+        if tokens >= 512:
+            assert 4 * layout.k * splits * expand.tokens * programs <= 4 * y, (
+                "from the L1: five times as fast as the L2"
+            )
+        if expand.tokens == 64:
+            assert splits == 1, "h of 64 tokens and the partial sums under way have to fit the registers"
 
 
 def test_the_search_finds_the_fastest_of_independent_sizes() -> None:

@@ -14,11 +14,13 @@ a unit, and take the slower of two ways through the kernel, which loads B column
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
+from hydra_kernels.ops.gate import gate_of, load_logits, routing_weights
 from hydra_kernels.ops.record import record
 from hydra_kernels.ops.shrink import HAS_ROUTER, RECORD, load_layout, load_tile, load_z, tile_grid, tile_offsets
 from hydra_kernels.tuning import ExpandConfig, expand_config
@@ -33,11 +35,6 @@ GIVES = tl.constexpr(int(Carry.GIVES))
 TAKES = tl.constexpr(int(Carry.TAKES))
 
 UNIT = tl.constexpr(8)
-
-# The gate's sum over the heads is taken in integers of this unit: integers add up to the same in any order, and
-# the order of a reduction follows the tile's layout. 2^-40 is far below the last bit of a float32 sum >= 1.
-SUM_UNIT = tl.constexpr(2.0**-40)
-SUM_SCALE = tl.constexpr(2.0**40)
 
 
 @triton.jit
@@ -54,60 +51,6 @@ def _find_slice(slice_start_ptr, i_out, SLICES: tl.constexpr, PROGRAM_OUT: tl.co
         end = tl.where(mine, tl.minimum(slice_end, column + PROGRAM_OUT), end)
         first += programs
     return i_slice, tl.multiple_of(column, ALIGN), tl.multiple_of(end, ALIGN)
-
-
-@triton.jit
-def _load_logits(
-    p_logits, p_bias, o_head, heads, routed, biased, taken, p_carry, m_token, split_stride, SPLITS: tl.constexpr,
-    CARRY: tl.constexpr,
-):  # fmt: skip
-    """Router logits [T, H] of the heads in o_head [H]: 0 without a router (routed 0), -inf beyond the heads.
-
-    With CARRY and taken > 0 they are those at p_carry [T, 1], which another layer left.
-    """
-    m_routed = m_token[:, None] & (o_head < routed)[None, :]
-    logits = load_z(p_logits + o_head[None, :], m_routed, split_stride, SPLITS)
-    bias = tl.load(p_bias + o_head, mask=o_head < biased, other=0.0)
-    logits += bias[None, :]
-    if CARRY:
-        m_taken = m_token[:, None] & (o_head < taken)[None, :]
-        if taken > 0:
-            logits += tl.load(p_carry + o_head[None, :], mask=m_taken, other=0.0)
-    return tl.where((o_head < heads)[None, :], logits, float("-inf"))
-
-
-@triton.jit
-def _kept(logits, o_head, last, last_head):
-    """Whether top-k keeps a head, by the logit and the head that it kept last: the larger, of equals the first."""
-    return (logits > last) | ((logits == last) & (o_head[None, :] <= last_head))
-
-
-@triton.jit
-def _gate(logits, top_k, renormalize, BLOCK_HEADS: tl.constexpr):
-    """What turns logit g of head e into its weight: exp(g - most) / total where `_kept(g, e, last, last_head)`.
-
-    logits: [T, E]. Returns (most, total, last, last_head), each [T, 1]. See `reference.gate`.
-    """
-    o_head = tl.arange(0, BLOCK_HEADS)
-    most = tl.max(logits, axis=1, keep_dims=True)
-    last = tl.full(most.shape, float("-inf"), tl.float32)
-    last_head = tl.full(most.shape, BLOCK_HEADS, tl.int32)
-    rest = logits
-    for _ in range(top_k):
-        last = tl.max(rest, axis=1, keep_dims=True)
-        last_head = tl.min(tl.where(rest == last, o_head[None, :], BLOCK_HEADS), axis=1, keep_dims=True)
-        rest = tl.where(o_head[None, :] == last_head, float("-inf"), rest)
-    p = tl.exp(logits - most)
-    p = tl.where((renormalize == 0) | _kept(logits, o_head, last, last_head), p, 0.0)
-    total = tl.sum((p * SUM_SCALE).to(tl.int64), axis=1, keep_dims=True).to(tl.float32) * SUM_UNIT
-    return most, total, last, last_head
-
-
-@triton.jit
-def _weights(logits, o_head, gate):
-    """Routing weights [T, H] of the heads in o_head [H], from their logits."""
-    most, total, last, last_head = gate
-    return tl.where(_kept(logits, o_head, last, last_head), tl.exp(logits - most) / total, 0.0)
 
 
 @triton.jit
@@ -144,10 +87,10 @@ def _build_h(
     unit = i_k * (BLOCK_K // UNIT) + tl.arange(0, BLOCK_K // UNIT)
     units_of_head = tl.cdiv(rank, UNIT)
     head = unit // units_of_head
-    logits = _load_logits(
+    logits = load_logits(
         p_z + a_rows, p_bias, head, heads, routed, biased, taken, p_carry, m_token, split_stride, SPLITS, CARRY
     )
-    w = _weights(logits, head, gate)  # [T, U]
+    w = routing_weights(logits, head, gate)  # [T, U]
 
     in_head = (unit - head * units_of_head) * UNIT
     row = in_head + head * tl.where(a_rows == rank, 0, rank)
@@ -235,11 +178,11 @@ def _add_delta(
     carry = tl.load(p_layout + CARRY_FIELD)
     taken = tl.where(carry == TAKES, heads, 0)
     o_head = tl.arange(0, BLOCK_HEADS)
-    logits = _load_logits(
+    logits = load_logits(
         p_z + a_rows, p_bias, o_head, heads, routed, biased, taken, p_carry, m_token, split_stride, SPLITS, CARRY
     )
     top_k = tl.where(routed + taken > 0, tl.load(p_layout + TOP_K), 0)  # of a uniform mixture, all heads count
-    gate = _gate(logits, top_k, tl.load(p_layout + RENORMALIZE), BLOCK_HEADS)
+    gate = gate_of(logits, top_k, tl.load(p_layout + RENORMALIZE), BLOCK_HEADS)
     if CARRY:
         gives = probe[4] & (carry == GIVES)
         if gives:
@@ -247,7 +190,7 @@ def _add_delta(
     if PROBE:
         probe_ptr, token, slot, router, recorder = probe
         if recorder & (routed > 0):
-            record(probe_ptr, _weights(logits, o_head, gate), o_head, routed, token, m_token, slot, router)
+            record(probe_ptr, routing_weights(logits, o_head, gate), o_head, routed, token, m_token, slot, router)
     adapter = (rank, heads, a_rows, routed, biased, p_bias, taken, p_carry)
     b_h = _build_h(z, adapter, gate, 0, p_b.dtype.element_ty, SPLITS, ALIGNED, BLOCK_TOKENS, BLOCK_K, CARRY)  # [BK, BT]
 
@@ -404,7 +347,8 @@ def expand_(
     b:           [slots, sum(out_slices), k], contiguous, see `StackedSlots`.
     layout, bias, slice_start, out_slices: as in `StackedSlots`.
     meta_host, meta_device: the buffer of a `StepMetadata(max_tokens, max_slots)`, which has at most T tokens.
-    config:      block sizes, default `tuning.expand_config`. They do not change a bit of the result.
+    config:      block sizes, default `tuning.expand_config`. They do not change a bit of the result. With pdl, y is
+                 read before the kernel waits: only for who launched a shrink with pdl just before, so never by default.
     probe:       `RoutingProbe.control`, of which slice i is router `first_router` + i; None to record nothing.
     carry:       `StepMetadata.carry`, with as many heads as the slots; None when no adapter has a shared router.
 
@@ -414,7 +358,7 @@ def expand_(
     tokens, rows = z.shape[-2:]
     _, out, k = b.shape
     slices, heads = bias.shape[1:]
-    config = config or expand_config(y.device, y.dtype, tokens, out, k, slices)
+    config = config or replace(expand_config(y.device, y.dtype, tokens, out, k, slices), pdl=False)
     programs = sum(-(-width // (config.block_out * config.out_steps)) for width in out_slices)
     tiles = tile_grid(meta_host, config.tile, tokens, max_slots, y.device)
     blocks = config.tile // config.tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from hydra_kernels.metadata import NUM_SEGMENTS, NUM_TOKENS, StepMetadata
+from hydra_kernels.metadata import NUM_SEGMENTS, NUM_TILES, StepMetadata
 from hydra_kernels.ops import grouped
 from hydra_kernels.slots import StackedSlots, meta_args
 from hydra_kernels.tuning import expand_config
@@ -19,14 +19,13 @@ from hydra_kernels.tuning import expand_config
 # The registrations last as long as this object.
 LIBRARY = torch.library.Library("hydra_kernels", "FRAGMENT")
 
-# Written through its address, like the probe's memory: the layer that reads it depends on the one that wrote it by y.
-CARRY = "Tensor? carry=None"
-PROBE = f"Tensor? probe, int first_router, {CARRY}"
+# The probe's memory is written through addresses that its control holds, and nothing in a graph reads it.
+PROBE_AND_CARRY = "Tensor? probe, int first_router, Tensor(c!)? carry=None"
 META = "Tensor meta_host, Tensor meta_device, int max_tokens, int max_slots"
 B_AND_GATE = "Tensor b, Tensor layout, Tensor bias, Tensor slice_start, int[] out_slices"
 LIBRARY.define(f"shrink(Tensor x, Tensor a, Tensor layout, {META}) -> Tensor")
-LIBRARY.define(f"expand_(Tensor(y!) y, Tensor z, {B_AND_GATE}, {META}, {PROBE}) -> ()")
-LIBRARY.define(f"linear_(Tensor(y!) y, Tensor x, Tensor a, {B_AND_GATE}, {META}, {PROBE}) -> ()")
+LIBRARY.define(f"expand_(Tensor(y!) y, Tensor z, {B_AND_GATE}, {META}, {PROBE_AND_CARRY}) -> ()")
+LIBRARY.define(f"linear_(Tensor(y!) y, Tensor x, Tensor a, {B_AND_GATE}, {META}, {PROBE_AND_CARRY}) -> ()")
 
 
 @torch.library.impl(LIBRARY, "shrink", "CompositeExplicitAutograd")
@@ -85,14 +84,28 @@ def _linear(
         grouped.expand_(y, z, b, layout, bias, out_slices, meta_host, max_slots, probe, first_router, carry)
 
 
-def _nothing_to_do(rows: torch.Tensor, meta_host: torch.Tensor) -> bool:
-    """Whether no token has an adapter. Raises ValueError for rows (x or y) that do not fit the step or the kernels."""
-    if rows.stride(1) != 1 or int(meta_host[NUM_TOKENS]) > rows.shape[0]:
+def _nothing_to_do(meta_host: torch.Tensor, max_tokens: int, **rows: tuple[torch.Tensor, int, torch.dtype]) -> bool:
+    """Whether no token has an adapter. If any: ValueError for tensors that the kernels would misread.
+
+    rows: x, y or both by name, each [T, width] with its expected width and dtype; y may be wider.
+    """
+    with_adapter, segments = meta_host[:NUM_TILES].tolist()
+    if segments == 0:
+        return True
+    tokens = next(iter(rows.values()))[0].shape[0]
+    for name, (t, width, dtype) in rows.items():
+        wide = t.shape[1] == width or (name == "y" and t.shape[1] > width)
+        if not wide or t.shape[0] != tokens or t.stride(1) != 1 or t.dtype is not dtype:
+            raise ValueError(
+                f"{name}: got {t.dtype} {list(t.shape)} with column stride {t.stride(1)}, "
+                f"expected {dtype} {[tokens, width]} with contiguous rows"
+            )
+    if not with_adapter <= tokens <= max_tokens:
         raise ValueError(
-            f"got {rows.shape[0]} rows with column stride {rows.stride(1)}, expected contiguous rows, at least the "
-            f"{int(meta_host[NUM_TOKENS])} tokens with an adapter of the step; call StepMetadata.update for these rows"
+            f"{next(iter(rows))}: got {tokens} rows, expected at least the {with_adapter} tokens with an adapter of "
+            f"the step and at most its {max_tokens}; update StepMetadata for these rows"
         )
-    return int(meta_host[NUM_SEGMENTS]) == 0
+    return False
 
 
 # Triton is imported on the first call on a GPU: this package is importable without it.
@@ -106,7 +119,7 @@ def _shrink_cuda(
     max_tokens: int,
     max_slots: int,
 ) -> torch.Tensor:
-    if _nothing_to_do(x, meta_host):
+    if _nothing_to_do(meta_host, max_tokens, x=(x, a.shape[3], a.dtype)):
         return torch.zeros(a.shape[1], x.shape[0], a.shape[2], dtype=torch.float32, device=x.device)
     from hydra_kernels.ops.shrink import shrink
 
@@ -130,8 +143,11 @@ def _expand_cuda(
     first_router: int,
     carry: torch.Tensor | None = None,
 ) -> None:
-    if _nothing_to_do(y, meta_host):
+    if _nothing_to_do(meta_host, max_tokens, y=(y, b.shape[1], b.dtype)):
         return
+    if z.shape[:2] != (bias.shape[1], y.shape[0]) or z.dtype is not torch.float32:
+        expected = [bias.shape[1], y.shape[0], "rows"]
+        raise ValueError(f"z: got {z.dtype} {list(z.shape)}, expected float32 {expected}; make it with shrink")
     from hydra_kernels.ops.expand import expand_
 
     meta = meta_host, meta_device, max_tokens, max_slots
@@ -156,7 +172,7 @@ def _linear_cuda(
     first_router: int,
     carry: torch.Tensor | None = None,
 ) -> None:
-    if _nothing_to_do(x, meta_host):
+    if _nothing_to_do(meta_host, max_tokens, x=(x, a.shape[3], a.dtype), y=(y, b.shape[1], b.dtype)):
         return
     from hydra_kernels.ops.expand import expand_
     from hydra_kernels.ops.shrink import shrink_partials
@@ -213,4 +229,4 @@ def launch_empty_steps(slots: StackedSlots, max_tokens: int) -> None:
         expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router, meta.carry)
         z = shrink_partials(x[:tokens], slots.a, slots.layout, *step)
         z = sum_partials(z, rows, slots.layout, meta.device, meta.max_tokens, meta.max_slots)
-        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router, meta.carry)
+        expand_(y[:tokens], z, *gate, *step, None, probe, slots.first_router, meta.carry)

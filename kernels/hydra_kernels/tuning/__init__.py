@@ -32,13 +32,13 @@ def _shrink(
     found = _find("shrink", device, dtype, (in_features, rows, slices), tokens)
     if isinstance(found, ShrinkConfig):
         return found
-    return default_shrink(tokens, rows, slices, dtype.itemsize)
+    return default_shrink(tokens, in_features, rows, slices, dtype.itemsize)
 
 
 @cache
 def _expand(device: torch.device, dtype: torch.dtype, tokens: int, out: int, k: int, slices: int) -> ExpandConfig:
     found = _find("expand", device, dtype, (out, k, slices), tokens)
-    return found if isinstance(found, ExpandConfig) else default_expand(tokens, k, dtype.itemsize)
+    return found if isinstance(found, ExpandConfig) else default_expand(tokens, out, k, dtype.itemsize)
 
 
 def _find(

@@ -15,6 +15,10 @@ from hydra_kernels.metadata import TILE_SIZES
 MAX_CHUNKS, GROUP_CHUNKS = 16, 4
 CHUNK_UNIT = 512  # a chunk is a multiple of it, and every block_in divides it
 
+# Of the defaults. LARGE: tokens from which on tiles alone make enough programs. EXPAND_PROGRAMS: about what runs at
+# once on a GPU of 132 multiprocessors, four on each. MAX_BLOCK_K: columns of h that fit the registers.
+LARGE, EXPAND_PROGRAMS, MAX_BLOCK_K = 2048, 512, 128
+
 
 def chunk_size(in_features: int) -> int:
     """Length of the chunks that `in` is summed in: the least multiple of CHUNK_UNIT that makes at most MAX_CHUNKS."""
@@ -97,27 +101,38 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def default_shrink(tokens: int, rows: int, slices: int, itemsize: int) -> ShrinkConfig:
-    """Sizes for want of measured ones: enough programs for a GPU of some hundred multiprocessors, by arithmetic."""
+def default_shrink(tokens: int, in_features: int, rows: int, slices: int, itemsize: int) -> ShrinkConfig:
+    """Sizes for want of measured ones, by arithmetic for one adapter in the batch; more adapters make more programs.
+
+    Splits give a GPU with few tiles enough programs, but expand reads every partial sum again for each of its own
+    programs: so there are no more of them than it takes to keep about two megabytes of loads under way.
+    """
     if itemsize == 4:  # no tensor cores: the product is unrolled in registers
         return ShrinkConfig(16, 1 if tokens <= 256 else GROUP_CHUNKS, 16, 32, stages=2)
     block_rows = 16 if rows <= 16 else 32
     parts = slices * -(-rows // block_rows)
-    if tokens <= 512:  # few tiles
-        chunks = 1 if -(-tokens // 16) * parts < 32 else GROUP_CHUNKS
-        return ShrinkConfig(16, chunks, block_rows, 256 if block_rows == 16 else 128)
-    chunks = MAX_CHUNKS if tokens // 64 * parts >= 128 else GROUP_CHUNKS
-    return ShrinkConfig(64, chunks, block_rows, 128)
+    if tokens >= LARGE:  # one partial sum, with which the h of 64 tokens fits expand's registers
+        if tokens // 64 * parts >= 128:
+            return ShrinkConfig(64, MAX_CHUNKS, block_rows, 128)
+        return ShrinkConfig(16, MAX_CHUNKS, block_rows, 128, stages=4)
+    block_in = 256 if block_rows == 16 else 128
+    fewer = ShrinkConfig(16, GROUP_CHUNKS, block_rows, block_in, stages=4)
+    programs = -(-tokens // 16) * parts * fewer.splits(in_features)
+    return fewer if programs >= 48 else ShrinkConfig(16, 1, block_rows, block_in)
 
 
-def default_expand(tokens: int, k: int, itemsize: int) -> ExpandConfig:
-    """Sizes for want of measured ones: enough programs for a GPU of some hundred multiprocessors, by arithmetic."""
-    block_k = max(power_of_two(k), 16)
-    if block_k > 128 or itemsize == 4:  # several blocks, each of which is built in registers
-        block_k = 32 if itemsize == 4 else 64
-    if itemsize == 4 or tokens <= 512:
-        return ExpandConfig(16, 16, 64, 1, block_k)
-    if k > block_k:
-        return ExpandConfig(64, 32, 64, 1, block_k)
-    # From 8192 tokens on, shrink leaves one partial sum, and h of 64 tokens fits the registers.
-    return ExpandConfig(64, 64, 64, 8, block_k) if tokens >= 8192 else ExpandConfig(64, 32, 64, 4, block_k)
+def default_expand(tokens: int, out: int, k: int, itemsize: int) -> ExpandConfig:
+    """Sizes for want of measured ones, by arithmetic for one adapter in the batch; more adapters make more programs.
+
+    B is read once for each block of tokens, from the L2 mostly, and y once: with 16 tokens and K = 128 four bytes of
+    B come for each byte of y, with 64 one. The gate and h are made once for all blocks of out of a program, so a
+    program goes through as many as leave `EXPAND_PROGRAMS`.
+    """
+    if itemsize == 4:  # no tensor cores: several blocks of K, each of which is built in registers
+        return ExpandConfig(16, 16, 64, 1, 32)
+    tile, block = (16, 16) if tokens <= 64 else (64, 32) if tokens < LARGE else (64, 64)
+    if k > MAX_BLOCK_K:
+        return ExpandConfig(tile, min(block, 32), 64, 1, 64)
+    programs = -(-tokens // block) * -(-out // 64)
+    out_steps = next(steps for steps in (8, 4, 2, 1) if programs // steps >= EXPAND_PROGRAMS or steps == 1)
+    return ExpandConfig(tile, block, 64, out_steps, max(power_of_two(k), 16))

@@ -100,8 +100,9 @@ def linear_launches(
     expand_config: ExpandConfig | None = None,
     slots: int = 8,
     probe: bool = False,
-) -> tuple[Launch, Launch]:
-    """The shrink and the expand of one call on a GPU for which nothing was measured, or with the given block sizes.
+) -> tuple[Launch, Launch, Launch]:
+    """The shrink and the expand of one call on a GPU for which nothing was measured, or with the given block sizes;
+    and, for row-parallel layers, the sum of that shrink's partial sums.
 
     probe: with the recording of routing weights.
     """
@@ -126,7 +127,8 @@ def linear_launches(
         carry = empty(tokens, capacity.heads, dtype=torch.float32)  # as the engine has it
         gate = b, layout, bias, starts, shape.out_slices
         expand.expand_(y, z, *gate, *step, expand_config, control, carry=carry)
-    return launches[0], launches[1]
+        shrink.sum_partials(z, capacity.rows, layout, step[1], tokens, slots)
+    return launches[0], launches[1], launches[2]
 
 
 @dataclass(frozen=True)

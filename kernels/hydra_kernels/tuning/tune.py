@@ -102,13 +102,13 @@ class LayerBench:
 
     def measure(self, pairs: Sequence[Pair]) -> list[float]:
         """See `Measure`."""
-        from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
+        from triton.runtime.errors import OutOfResources, PTXASError  # type: ignore[import-untyped]
 
         calls: dict[str, Callable[[], None]] = {}
         for i, pair in enumerate(pairs):
             try:
                 self.call(pair)
-            except OutOfResources:  # more shared memory than the GPU has
+            except (OutOfResources, PTXASError):  # more shared memory, or fewer registers, than the kernel needs
                 continue
             calls[str(i)] = lambda pair=pair: self.call(pair)  # type: ignore[misc]
         times = self.timer.medians(calls, ROUNDS)
@@ -134,7 +134,10 @@ def tune_layer(
     vary = {"shrink": shrink_key not in known, "expand": expand_key not in known}
     if not any(vary.values()):
         return
-    start = default_shrink(tokens, layout.z_rows, slices, 2), default_expand(tokens, layout.k, 2)
+    start = (
+        default_shrink(tokens, shape.in_features, layout.z_rows, slices, 2),
+        default_expand(tokens, shape.out, layout.k, 2),
+    )
     if not vary["shrink"]:
         start = ShrinkConfig(**known[shrink_key]["config"]), start[1]
     if not vary["expand"]:

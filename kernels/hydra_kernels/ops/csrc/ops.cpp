@@ -313,9 +313,9 @@ void cpu_expand_(at::Tensor y, const at::Tensor& z, const at::Tensor& table, con
 }  // namespace hydra
 
 TORCH_LIBRARY_FRAGMENT(hydra_kernels, m) {
-  m.def("cpu_linear_(Tensor(a!) y, Tensor x, Tensor table, Tensor meta, Tensor? carry=None) -> ()");
+  m.def("cpu_linear_(Tensor(a!) y, Tensor x, Tensor table, Tensor meta, Tensor(b!)? carry=None) -> ()");
   m.def("cpu_shrink(Tensor x, Tensor table, Tensor meta, int rows) -> Tensor");
-  m.def("cpu_expand_(Tensor(a!) y, Tensor z, Tensor table, Tensor meta, Tensor? carry=None) -> ()");
+  m.def("cpu_expand_(Tensor(a!) y, Tensor z, Tensor table, Tensor meta, Tensor(b!)? carry=None) -> ()");
   m.def("cpu_isa(str name) -> str", &hydra::cpu_isa);
 }
 
