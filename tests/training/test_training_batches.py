@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hydraserve.errors import ConfigError
@@ -48,11 +49,68 @@ def test_only_answers_are_trained(
     assert all(label in (IGNORE, i) for i, label in zip(tokens.ids, tokens.labels, strict=True))
 
 
-def test_prompt_ids_are_those_of_the_prompt_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = Template("plain", tokenizer).tokens(conversation("ask", "yes"), 999)
-    prompt = tokenizer("ask\n")["input_ids"]
+def with_merges(merges: list[tuple[str, str]], **options: object) -> PreTrainedTokenizerFast:
+    """One token a character of ASCII (the line break is "Ċ"), one for each merge, and an end of text."""
+    characters = ["</s>", "<s>", "▁", "\n", *pre_tokenizers.ByteLevel.alphabet(), *(a + b for a, b in merges)]
+    inner = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(characters)}, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", **options)
+
+
+def trained_after(tokens: Tokens, prompt: list[int]) -> list[int]:
+    """The trained tokens that follow a prompt as it is served."""
     assert tokens.ids[: len(prompt)] == prompt
-    assert tokens.labels[: len(prompt)] == [IGNORE] * len(prompt)
+    rest = tokens.labels[len(prompt) :]
+    return rest[: [*rest, IGNORE].index(IGNORE)]
+
+
+def test_prompts_have_the_ids_with_which_they_are_served() -> None:
+    tokenizer = with_merges([("Ċ", "Ċ"), ("s", "Ċ")])
+    template = Template("alpaca", tokenizer)
+    tokens = template.tokens(conversation("ask", "yes", "more", "\nno", system="Be kind."), 999)
+    start = "Be kind.\n\n### Instruction:\nask\n\n### Response:\n"
+    assert tokenizer.convert_ids_to_tokens(trained_after(tokens, tokenizer(start)["input_ids"])) == [*"yes", "</s>"]
+    served = tokenizer(f"{start}yes</s>### Instruction:\nmore\n\n### Response:\n")["input_ids"]
+    # Not the token of two line breaks: the prompt's last one is there before the answer begins.
+    assert tokenizer.convert_ids_to_tokens(trained_after(tokens, served)) == ["Ċ", *"no", "</s>"]
+
+
+def test_answers_get_no_space_that_the_text_has_not() -> None:
+    tokenizer = with_merges([])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("yes")["input_ids"]) == ["▁", *"yes"]
+    tokens = Template("plain", tokenizer).tokens(conversation("ask", "yes"), 999)
+    answer = trained_after(tokens, tokenizer("ask\n")["input_ids"])
+    assert tokenizer.convert_ids_to_tokens(answer) == [*"yes", "</s>"]
+
+
+def test_start_of_text_comes_once_from_template_or_tokenizer() -> None:
+    chat = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer = with_merges([], chat_template=chat)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for name in ("chat", "plain"):
+        ids = Template(name, tokenizer).tokens(conversation("ask", "yes"), 999).ids
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        (
+            "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+            "{% endfor %}",
+            "TemplateError: no system role",
+        ),
+        ("{{ messages | length }}", "a chat template that rewrites earlier messages"),
+    ],
+)
+def test_chat_templates_that_fail_name_the_example(chat: str, message: str) -> None:
+    template = Template("chat", with_merges([], chat_template=chat))
+    with pytest.raises(ConfigError, match=f"^test: template chat: got {message}"):
+        template.tokens(conversation("ask", "yes", system="sys"), 999)
 
 
 def test_cut_at_max_length(tokenizer: PreTrainedTokenizerFast) -> None:
