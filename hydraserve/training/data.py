@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydraserve.errors import HydraServeError
 
@@ -29,6 +29,7 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
+_Item = TypeVar("_Item")  # an example, whatever has become of it
 SHAPES = '"instruction" and "output", "conversations", or "messages"'
 
 
@@ -74,7 +75,7 @@ def load_examples(paths: Sequence[Path | str]) -> list[Example]:
     return examples
 
 
-def split(examples: Sequence[Example], eval_share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[_Item], eval_share: float, seed: int) -> tuple[list[_Item], list[_Item]]:
     """(train, evaluation): a random share of the examples, at least one where `eval_share` > 0, is set aside.
 
     Raises DataError when that leaves nothing to train on.
@@ -148,9 +149,7 @@ def _array(text: str, path: Path) -> Iterator[tuple[Any, str]]:
 def _no_json(source: str, error: ValueError | RecursionError) -> DataError:
     """error: what the JSON decoder raised; one that names no place is for nesting, or a number, beyond its limits."""
     fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(
-        source, got=f"no JSON: {fault}", expected="a JSON array of objects, or one object on each line"
-    )
+    return DataError(source, got=f"no JSON: {fault}", expected="a JSON array of objects, or one object on each line")
 
 
 def _parse(record: Any, source: str) -> Example:

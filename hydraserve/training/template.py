@@ -52,6 +52,11 @@ class Template:
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError("tokenizer", got="no end-of-text token", expected="one: answers must end")
+        end = tokenizer(str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+        if end[-1:] != [tokenizer.eos_token_id]:
+            raise ConfigError(
+                "tokenizer", got="an end of text that it does not read as one token", expected="one that is"
+            )
         self.name, self.tokenizer = name, tokenizer
 
     def tokens(self, example: Example, max_length: int) -> Tokens:
@@ -73,7 +78,7 @@ class Template:
         whole: list[int] = self.tokenizer(done + text, add_special_tokens=self.name != "chat")["input_ids"]
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
-        # A token reaches over the border ("\n" and "\n" into one), but a prompt's tokens are given when a model answers.
+        # A token reaches over the border ("\n" and "\n" become one), but a prompt's tokens are there before its answer.
         alone: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return alone
 
@@ -81,14 +86,14 @@ class Template:
         """[(text, trained)]: prompt and answer in turn. Raises ConfigError, naming the example."""
         if self.name == "chat":
             return self._chat(example)
-        write = _plain if self.name == "plain" else _alpaca
         pieces: list[tuple[str, bool]] = []
         prompt = ""
         for i, turn in enumerate(example.turns):
-            prompt += write(turn, first=i == 0)
             if turn.role == "assistant":
                 pieces += [(prompt, False), (turn.content + str(self.tokenizer.eos_token), True)]
                 prompt = ""
+            else:
+                prompt += f"{turn.content}\n" if self.name == "plain" else _alpaca(turn, first=i == 0)
         return pieces
 
     def _chat(self, example: Example) -> list[tuple[str, bool]]:
@@ -129,15 +134,8 @@ class Template:
             ) from e
 
 
-def _plain(turn: Turn, *, first: bool) -> str:
-    """The text in front of an answer that this turn adds; nothing for an answer."""
-    return "" if turn.role == "assistant" else f"{turn.content}\n"
-
-
 def _alpaca(turn: Turn, *, first: bool) -> str:
-    """As `_plain`. first: whether the conversation begins with this turn."""
-    if turn.role == "assistant":
-        return ""
+    """first: whether the conversation begins with this turn."""
     if turn.role == "system":
         return f"{turn.content}\n\n"
     start = f"{_ALPACA}\n\n" if first else ""

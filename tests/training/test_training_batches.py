@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, OPTConfig, PreTrainedTokenizerFast
 
 from hydraserve.errors import ConfigError
-from hydraserve.training.batches import PackedCollator, PaddedCollator, accepts_short_logits, pack
+from hydraserve.training.batches import PackedCollator, PaddedCollator, accepts_short_logits, keeps_examples_apart, pack
 from hydraserve.training.data import Example, Turn
 from hydraserve.training.template import IGNORE, Template, Tokens
 
@@ -126,6 +126,16 @@ def test_template_that_cannot_be(tokenizer: PreTrainedTokenizerFast) -> None:
         Template("chat", bare)
 
 
+def test_an_end_of_text_that_is_not_read_as_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    bare.split_special_tokens = True
+    with pytest.raises(ConfigError, match="tokenizer: got an end of text that it does not read as one token"):
+        Template("plain", bare)
+    bare.eos_token = None
+    with pytest.raises(ConfigError, match="tokenizer: got no end-of-text token"):
+        Template("plain", bare)
+
+
 def random_tokens(count: int, longest: int) -> list[Tokens]:
     rng = random.Random(0)
     result = []
@@ -172,6 +182,33 @@ def test_batches_give_the_loss_of_the_examples_alone(model: LlamaForCausalLM, pa
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, mean_loss(model, examples))
     assert batch["input_ids"].shape[0] == (1 if packed else 9)
+
+
+SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LEAKING = {
+    "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2, **SMALL),
+    "mamba": MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2, initializer_range=0.2),
+}
+
+
+@pytest.mark.parametrize("name", LEAKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_do_not_keep_packed_examples_apart_are_found(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    leaking = AutoModelForCausalLM.from_config(LEAKING[name]).to(dtype)
+    leaking.config.use_cache = False
+    assert not keeps_examples_apart(leaking, random_tokens(2, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_keeps_packed_examples_apart(tiny_model: Path, dtype: torch.dtype) -> None:
+    apart = LlamaForCausalLM.from_pretrained(tiny_model, dtype=dtype).train()
+    apart.config.use_cache = False
+    examples = random_tokens(2, 12)
+    assert keeps_examples_apart(apart, examples)
+    assert apart.training
+    apart.config.use_cache = True  # transformers then looks for no borders
+    assert not keeps_examples_apart(apart, examples)
 
 
 def test_short_logits_leave_out_the_prompts(model: LlamaForCausalLM) -> None:

@@ -99,9 +99,7 @@ def test_only_line_breaks_end_a_line(tmp_path: Path) -> None:
     ("broken", "message"),
     [('{"a": ' + "[" * 100_000, "recursion depth"), ('{"a": ' + "1" * 5000 + "}", "integer string")],
 )
-def test_json_beyond_the_decoders_limits_names_the_line(
-    tmp_path: Path, broken: str, message: str, array: bool
-) -> None:
+def test_json_beyond_the_decoders_limits_names_the_line(tmp_path: Path, broken: str, message: str, array: bool) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"[\n{json.dumps(ALPACA)},\n{broken}" if array else f"{json.dumps(ALPACA)}\n{broken}")
     with pytest.raises(DataError, match=rf"data\.jsonl, line {3 if array else 2}: got no JSON: .*{message}"):
