@@ -101,8 +101,8 @@ def _records(path: Path) -> Iterator[tuple[Any, str]]:
     except OSError as e:
         raise DataError(str(path), got=e.strerror or str(e), expected="a readable .json or .jsonl file") from e
     except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1
-        raise DataError(f"{path}, line {line}", got="bytes that are not UTF-8", expected="UTF-8 text") from e
+        number = e.object.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path}, line {number}", got="bytes that are not UTF-8", expected="UTF-8 text") from e
     if text.lstrip().startswith("["):
         yield from _array(text, path)
         return
