@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     args = parser.parse_args()
     client = openai.OpenAI(base_url=args.url, api_key=args.api_key)
-    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    with args.data.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     table = {model: accuracy(client, model, rows, args.workers) for model in args.models}
     tasks = sorted({row["task"] for row in rows})
     print("| model | " + " | ".join(tasks) + " | all |")

@@ -61,10 +61,10 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, args.adapter).eval()
     by_task: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for line in args.data.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if len(by_task[row["task"]]) < args.per_task:
-            by_task[row["task"]].append(row)
+    with args.data.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if len(by_task[row["task"]]) < args.per_task:
+                by_task[row["task"]].append(row)
     rows = [row for group in by_task.values() for row in group]
     usage = usage_by_task(model, AutoTokenizer.from_pretrained(source), rows)
     report(usage)

@@ -17,6 +17,7 @@ from pathlib import Path
 import mixtures
 
 from hydraserve.cli.main import main as hydraserve
+from hydraserve.training.output import newest_checkpoint
 
 EXAMPLE_PER_TASK, COMPARED_PER_TASK, HELD_OUT_PER_TASK = 800, 200, 100
 
@@ -52,7 +53,7 @@ def train(model: str, data: Path, output: Path, options: str, seed: int) -> None
         return
     command = ["train", "--model", model, "--data", str(data), "--output", str(output)]
     command += [*COMMON.split(), *options.split(), "--seed", str(seed)]
-    if any(output.glob("checkpoints/checkpoint-*/trainer_state.json")):
+    if newest_checkpoint(output / "checkpoints") is not None:
         command.append("--resume")
     print("hydraserve " + " ".join(command))
     if status := hydraserve(command):

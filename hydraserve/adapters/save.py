@@ -90,6 +90,8 @@ def save_lora(adapter: HydraAdapter, path: Path | str, *, safetensors: bool = Tr
         "use_dora": False,
         "use_rslora": False,
         **_common_fields(adapter),
+        # Whole paths: last components alone would adapt every layer, also those that the adapter left out.
+        "target_modules": list(adapter.modules),
     }
     write_folder(Path(path), config, tensors, as_safetensors=safetensors)
 

@@ -18,16 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write both files and print the numbers.
 
-    Raises ConfigError for names that are given twice or adapters that share no layer, AdapterError's subclasses for
-    adapters that cannot be read.
+    Raises ConfigError for options that cannot be, names that are given twice or adapters of different bases,
+    AdapterError's subclasses for adapters that cannot be read.
     """
     import json
+    import math
     from dataclasses import asdict
 
     from hydraserve.adapters.checkpoint import load_adapter
     from hydraserve.errors import ConfigError
     from hydraserve.training.asymmetry import Similarity, analyze, plot
+    from hydraserve.training.output import writable_folder
 
+    if not 0 < args.perplexity < math.inf:
+        raise ConfigError("--perplexity", got=args.perplexity, expected="more than 0")
+    writable_folder(args.output, "--output")
     adapters = {}
     for text in args.adapters:
         name, separator, path = text.partition("=")
@@ -36,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("adapters", got=f"two named {name}", expected="different names", fix="NAME=PATH")
         adapters[name] = load_adapter(path or text)
     result = analyze(adapters, perplexity=args.perplexity, seed=args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
     plot(result, args.output / "asymmetry.png")
     (args.output / "asymmetry.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
 

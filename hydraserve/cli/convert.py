@@ -67,12 +67,23 @@ def _save(adapter: HydraAdapter, args: argparse.Namespace) -> None:
     from hydraserve.adapters.formats.peft import save_peft
     from hydraserve.adapters.save import save_hydralora, save_lora, save_loramoe
 
+    dropout = _dropout(adapter)
     if args.to in ("hydralora", "loramoe"):
         save = save_hydralora if args.to == "hydralora" else save_loramoe
-        save(adapter, args.target, safetensors=args.safetensors)
+        save(adapter, args.target, safetensors=args.safetensors, lora_dropout=dropout)
     elif args.to == "molora":
         save_molora(adapter, args.target)
     elif args.to == "lora" or adapter.format == "lora":
-        save_lora(adapter, args.target)
+        save_lora(adapter, args.target, lora_dropout=dropout)
     else:
-        save_peft(adapter, args.target)
+        save_peft(adapter, args.target, lora_dropout=dropout)
+
+
+def _dropout(adapter: HydraAdapter) -> float:
+    """lora_dropout of the source, which matters when training goes on; 0 where it states none."""
+    from hydraserve.adapters.config import read_config
+    from hydraserve.adapters.limits import DEFAULT_LIMITS
+    from hydraserve.adapters.locate import CONFIG_NAME
+
+    value = read_config(adapter.source / CONFIG_NAME, DEFAULT_LIMITS).fields.get("lora_dropout")
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else 0.0

@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(report: AdapterReport, summary: AdapterSummary, console: Console) -> None:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    console.print(f"{report.source}: {report.format}, base model {report.base_model or 'not stated'}")
+    name = f"{report.source}: {report.format}, base model {report.base_model or 'not stated'}"
+    console.print(name, markup=False, highlight=False, soft_wrap=True)
     console.print(f"recognised by {summary.reason}", markup=False, highlight=False, soft_wrap=True)
     if summary.note:
         console.print(summary.note, markup=False, highlight=False, soft_wrap=True)
@@ -54,15 +56,15 @@ def _print(report: AdapterReport, summary: AdapterSummary, console: Console) -> 
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     prefix = _common_prefix([module.module for module in report.modules])
-    table.add_column(f"module{' in ' + prefix if prefix else ''}", no_wrap=True)
+    table.add_column(escape(f"module{' in ' + prefix if prefix else ''}"), no_wrap=True)
     for name in ("rank", "heads", "params", "bytes", "norm", "alike", "router"):
         table.add_column(name, justify="right", no_wrap=True)
     for module in report.modules:
-        table.add_row(module.module.removeprefix(f"{prefix}."), *_cells(module))
+        table.add_row(escape(module.module.removeprefix(f"{prefix}.")), *_cells(module))
     console.print(table)
     console.print("norm: of s B A, smallest and largest head. alike: mean cosine between heads. router: its norm.")
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(module: ModuleReport) -> tuple[str, ...]:

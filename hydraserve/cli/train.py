@@ -12,7 +12,7 @@ HELP = "train a HydraLoRA or plain LoRA adapter on instruction data"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options in groups; the defaults are those of `TrainSettings`."""
-    from hydraserve.training.settings import DTYPES, METHODS, SCHEDULERS, TrainSettings
+    from hydraserve.training.settings import DTYPES, HEADS_METHODS, METHODS, SCHEDULERS, TrainSettings
 
     default: dict[str, Any] = {f.name: f.default for f in fields(TrainSettings)}
 
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter = parser.add_argument_group("adapter")
     add(adapter, "method", "hydralora, or lora for comparison", choices=METHODS)
     add(adapter, "heads", 'number of heads, or "auto" to choose it from the data', type=_heads)
+    add(adapter, "heads_method", "how --heads auto chooses", choices=HEADS_METHODS)
+    add(adapter, "max_heads", "largest number that --heads auto tries with k-means", type=int)
     add(adapter, "rank", "rank of A and of each head", type=int)
     add(adapter, "alpha", "the delta is scaled by alpha / rank", type=float)
     add(adapter, "dropout", "dropout on the adapter's input", type=float)
@@ -64,8 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(output, "eval_every", "steps between evaluations; 0: at the end of each epoch", type=int)
     add(output, "save_every", "steps between checkpoints; 0: none", type=int)
     add(output, "resume", "go on from the newest checkpoint in --output", action="store_true")
+    add(output, "overwrite", "replace an adapter and checkpoints that are in --output", action="store_true")
     add(output, "save_dtype", "type of the saved adapter's weights", choices=DTYPES)
-    add(output, "base_name", "the base model's name that the adapter states (default: --model)", type=str)
+    add(
+        output,
+        "base_name",
+        "the base model's name that the adapter states (default: --model, a short name in full)",
+        type=str,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from hydraserve.errors import ModelNotFoundError
 from hydraserve.models.demo import demo_model
 
 DEMO = "demo"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,9 @@ def resolve_model(name: str) -> str:
         expected="a short name, an existing folder, or a Hub id (owner/name)",
         fix=f"did you mean {close[0]}?" if close else "`hydraserve models` lists the short names",
     )
+
+
+def hub_name(name: str) -> str:
+    """The public name of a base model: the Hub id of a short name (of `demo`: of what it is made from), else `name`."""
+    short = name.lower().replace("_", "-")
+    return DEMO_HUB_ID if short == DEMO else _BY_NAME[short].hub_id if short in _BY_NAME else name

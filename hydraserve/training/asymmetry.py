@@ -7,7 +7,7 @@ training leaves free: (B M)(M^-1 A) is the same adapter as B A.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,22 @@ class Matrix:
         """Last component of the path: "q_proj"."""
         return self.module.rpartition(".")[2]
 
+    @property
+    def width(self) -> int:
+        """n; matrices of different widths do not compare."""
+        return self.basis.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A matrix in the picture of its side and kind of layer; coordinates of other pictures do not compare."""
+    """A matrix in the picture of its side, kind of layer and width; coordinates of other pictures do not compare."""
 
     adapter: str
     module: str
     kind: str
     side: Side
     head: int
+    width: int
     x: float
     y: float
 
@@ -83,32 +89,47 @@ class Asymmetry:
 
 
 def analyze(adapters: Mapping[str, HydraAdapter], *, perplexity: float = 30.0, seed: int = 0) -> Asymmetry:
-    """Compare adapters, by name, and place their matrices in the plane: t-SNE for each side and kind of layer.
+    """Compare adapters, by name, and place their matrices in the plane: t-SNE for each side, kind of layer and width.
 
-    Raises ConfigError when several adapters are given that share no layer.
+    Raises ConfigError when several adapters are given that share no layer, or one of different sizes.
     """
-    if len(adapters) > 1 and not set.intersection(*(set(adapter.modules) for adapter in adapters.values())):
-        raise ConfigError("adapters", got="adapters that share no layer", expected="adapters of one base model")
-    groups: dict[tuple[Side, str], list[Matrix]] = defaultdict(list)
+    _check_one_base(adapters)
+    groups: dict[tuple[Side, str, int], list[Matrix]] = defaultdict(list)
     for name, adapter in adapters.items():
         for m in _matrices(name, adapter):
-            groups[m.side, m.kind].append(m)
+            groups[m.side, m.kind, m.width].append(m)
     across: dict[Side, list[float]] = {"A": [], "B": []}
     within: dict[Side, list[float]] = {"A": [], "B": []}
     points: list[Point] = []
-    for (side, _), group in sorted(groups.items()):
+    for (side, *_), group in sorted(groups.items()):
         similar = similarities([m.basis for m in group])
         for i, j in _same_layer(group):
             pairs = within if group[i].adapter == group[j].adapter else across
             pairs[side].append(float(similar[i, j]))
         places = _place(np.sqrt(np.clip(1 - similar, 0, None)), perplexity, seed)
         points += [
-            Point(m.adapter, m.module, m.kind, m.side, m.head, float(x), float(y))
+            Point(m.adapter, m.module, m.kind, m.side, m.head, m.width, float(x), float(y))
             for m, (x, y) in zip(group, places, strict=True)
         ]
     a, b = (Similarity(_mean(across[side]), _mean(within[side])) for side in SIDES)
     asymmetry = None if a.across is None or b.across is None else a.across - b.across
     return Asymmetry(tuple(adapters), a, b, asymmetry, tuple(points))
+
+
+def _check_one_base(adapters: Mapping[str, HydraAdapter]) -> None:
+    expected = "adapters of one base model"
+    if len(adapters) > 1 and not set.intersection(*(set(adapter.modules) for adapter in adapters.values())):
+        raise ConfigError("adapters", got="adapters that share no layer", expected=expected)
+    seen: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, adapter in adapters.items():
+        for module, weights in adapter.modules.items():
+            size = weights.in_features, weights.out_features
+            other, known = seen.setdefault(module, (name, size))
+            if size != known:
+                got = (
+                    f"{module} from {known[0]} to {known[1]} features in {other}, from {size[0]} to {size[1]} in {name}"
+                )
+                raise ConfigError("adapters", got=got, expected=expected)
 
 
 def similarities(bases: Sequence[torch.Tensor]) -> NDArray[np.float64]:
@@ -175,21 +196,26 @@ def _place(distances: NDArray[np.float64], perplexity: float, seed: int) -> NDAr
 
 
 def plot(result: Asymmetry, path: Path) -> None:
-    """A grid of pictures as a PNG: A above, B below, one column a kind of layer, one colour an adapter."""
+    """A grid of pictures as a PNG: A above, B below, one column a kind of layer and width, one colour an adapter."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    kinds = sorted({p.kind for p in result.points})
-    figure = Figure(figsize=(2.2 * len(kinds) + 1, 5.5), layout="constrained")
-    grid: Any = figure.subplots(2, len(kinds), squeeze=False)
+    pictures = {side: sorted({(p.kind, p.width) for p in result.points if p.side == side}) for side in SIDES}
+    columns = max(map(len, pictures.values()))
+    figure = Figure(figsize=(2.2 * columns + 1, 5.5), layout="constrained")
+    grid: Any = figure.subplots(2, columns, squeeze=False)
     colours = {name: colormaps["tab10"](i % 10) for i, name in enumerate(result.adapters)}
     for row, side in enumerate(SIDES):
-        for column, kind in enumerate(kinds):
+        kinds = Counter(kind for kind, _ in pictures[side])
+        for column, (kind, width) in enumerate(pictures[side]):
             axes = grid[row, column]
-            group = [p for p in result.points if (p.side, p.kind) == (side, kind)]
+            group = [p for p in result.points if (p.side, p.kind, p.width) == (side, kind, width)]
             axes.scatter([p.x for p in group], [p.y for p in group], s=9, c=[colours[p.adapter] for p in group])
-            axes.set(title=f"{side} of {kind}", xticks=[], yticks=[])
+            title = f"{side} of {kind}" + (f", {width} wide" if kinds[kind] > 1 else "")
+            axes.set(title=title, xticks=[], yticks=[])
+        for axes in grid[row, len(pictures[side]) :]:
+            axes.set_axis_off()
     if result.asymmetry is not None:
         figure.suptitle(f"alike across adapters: A {result.a.across:.3f}, B {result.b.across:.3f}")
     handles = [Line2D([], [], color=c, marker="o", linestyle="", label=name) for name, c in colours.items()]

@@ -6,7 +6,7 @@ One example, in any of the shapes that LLaMA-Factory users have:
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}      further: "system"
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 
-Other keys are ignored.
+A message of either list may have either pair of keys. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydraserve.errors import HydraServeError
 
@@ -29,6 +29,7 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
+_Item = TypeVar("_Item")  # an example, whatever has become of it
 SHAPES = '"instruction" and "output", "conversations", or "messages"'
 
 
@@ -74,7 +75,7 @@ def load_examples(paths: Sequence[Path | str]) -> list[Example]:
     return examples
 
 
-def split(examples: Sequence[Example], eval_share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[_Item], eval_share: float, seed: int) -> tuple[list[_Item], list[_Item]]:
     """(train, evaluation): a random share of the examples, at least one where `eval_share` > 0, is set aside.
 
     Raises DataError when that leaves nothing to train on.
@@ -100,15 +101,17 @@ def _records(path: Path) -> Iterator[tuple[Any, str]]:
     except OSError as e:
         raise DataError(str(path), got=e.strerror or str(e), expected="a readable .json or .jsonl file") from e
     except UnicodeDecodeError as e:
-        raise DataError(str(path), got=f"bytes that are not UTF-8 at offset {e.start}", expected="UTF-8 text") from e
+        number = e.object.count(b"\n", 0, e.start) + 1
+        raise DataError(f"{path}, line {number}", got="bytes that are not UTF-8", expected="UTF-8 text") from e
     if text.lstrip().startswith("["):
         yield from _array(text, path)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): it also cuts at U+0085, U+2028 and others, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as e:
+            except (ValueError, RecursionError) as e:
                 raise _no_json(f"{path}, line {number}", e) from e
             yield record, f"{path}, line {number}"
 
@@ -137,25 +140,25 @@ def _array(text: str, path: Path) -> Iterator[tuple[Any, str]]:
             position = skip(position + 1)
         if (rest := skip(position + 1)) < len(text):
             raise json.JSONDecodeError("Extra data", text, rest)
-    except json.JSONDecodeError as e:
-        raise _no_json(f"{path}, line {e.lineno}", e) from e
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, json.JSONDecodeError):
+            line = e.lineno
+        raise _no_json(f"{path}, line {line}", e) from e
 
 
-def _no_json(source: str, error: json.JSONDecodeError) -> DataError:
-    return DataError(
-        source,
-        got=f"no JSON: {error.msg} at column {error.colno}",
-        expected="a JSON array of objects, or one object on each line",
-    )
+def _no_json(source: str, error: ValueError | RecursionError) -> DataError:
+    """error: what the JSON decoder raised; one that names no place is for nesting, or a number, beyond its limits."""
+    fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(source, got=f"no JSON: {fault}", expected="a JSON array of objects, or one object on each line")
 
 
 def _parse(record: Any, source: str) -> Example:
     if not isinstance(record, dict):
         raise DataError(source, got=f"a {type(record).__name__}", expected=f"an object with {SHAPES}")
     if "conversations" in record:
-        turns = _messages(record["conversations"], "from", "value", source)
+        turns = _messages(record["conversations"], source)
     elif "messages" in record:
-        turns = _messages(record["messages"], "role", "content", source)
+        turns = _messages(record["messages"], source)
     elif "instruction" in record and "output" in record:
         turns = _alpaca(record, source)
     else:
@@ -180,12 +183,13 @@ def _alpaca(record: dict[str, Any], source: str) -> list[Turn]:
     return [*turns, Turn("user", "\n".join(parts)), Turn("assistant", output)]
 
 
-def _messages(messages: Any, role_key: str, content_key: str, source: str) -> list[Turn]:
+def _messages(messages: Any, source: str) -> list[Turn]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DataError(source, got=f"{type(messages).__name__} of messages", expected="a list of objects")
     turns = []
     for number, message in enumerate(messages, start=1):
         where = f"{source}, message {number}"
+        role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
         role = ROLES.get(str(message.get(role_key)))
         if role is None:
             raise DataError(
@@ -198,6 +202,11 @@ def _messages(messages: Any, role_key: str, content_key: str, source: str) -> li
 def _text(value: Any, key: str, source: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{source}, {key}", got=repr(value), expected="text that is not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:  # JSON can write it as an escape, but no tokenizer takes it
+        half = ascii(value[e.start])
+        raise DataError(f"{source}, {key}", got=f"half a surrogate pair, {half}", expected="Unicode text") from e
     return value
 
 

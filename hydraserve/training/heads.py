@@ -28,6 +28,12 @@ MAX_FEATURES = 4096
 SILHOUETTE_SAMPLE = 1000  # silhouettes compare all pairs
 DBSCAN_NEIGHBOURS = 5
 DBSCAN_CORE_SHARE = 0.95  # of the examples; the rest may be noise
+# Scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer): each of their characters
+# counts as a word. As one word, a whole clause would be like no other.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+"  # numbers and single letters as well: short structured tasks consist of them
 
 Points = NDArray[np.float64]
 
@@ -87,9 +93,16 @@ def features(examples: Sequence[Example], seed: int) -> csr_matrix:
     if len(examples) > MAX_EXAMPLES:
         examples = random.Random(seed).sample(list(examples), MAX_EXAMPLES)
     texts = [" ".join(turn.content for turn in example.turns) for example in examples]
-    # Numbers and single letters count: short structured tasks consist of them.
-    vectorizer = TfidfVectorizer(max_features=MAX_FEATURES, sublinear_tf=True, token_pattern=r"\w+")
-    return csr_matrix(vectorizer.fit_transform(texts))
+    vectorizer = TfidfVectorizer(max_features=MAX_FEATURES, sublinear_tf=True, token_pattern=WORD)
+    try:
+        return csr_matrix(vectorizer.fit_transform(texts))
+    except ValueError as e:  # scikit-learn's "empty vocabulary"
+        raise DataError(
+            "choosing the number of heads",
+            got="examples of punctuation alone",
+            expected="words",
+            fix="give the number itself: --heads 4",
+        ) from e
 
 
 def elbow(values: Sequence[float]) -> int:

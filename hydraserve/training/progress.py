@@ -13,14 +13,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class ProgressLog(TrainerCallback):
     """A progress bar on a terminal; everywhere, one line for each log entry: step, loss, learning rate, speed.
 
-    history: every entry that the trainer logged, [{"step": ..., "loss": ..., "learning_rate": ...}].
+    Used as a context around the training, whose end, good or bad, takes the bar away and gives the cursor back.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.history: list[dict[str, float]] = []
         self._bar: Progress | None = None
         self._start, self._first_step = 0.0, 0
+
+    def __enter__(self) -> ProgressLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,7 +54,6 @@ class ProgressLog(TrainerCallback):
         logs = dict(logs or {})
         if not {"loss", "eval_loss"} & logs.keys():
             return
-        self.history.append({"step": float(state.global_step), **logs})
         parts = [f"step {state.global_step}/{state.max_steps}"]
         names = (("loss", "loss"), ("eval_loss", "eval loss"), ("learning_rate", "lr"), ("grad_norm", "grad norm"))
         parts += [f"{label} {float(logs[name]):.4g}" for name, label in names if name in logs]
@@ -55,10 +61,3 @@ class ProgressLog(TrainerCallback):
         if done and "loss" in logs:
             parts.append(f"{(time.monotonic() - self._start) / done:.2f} s/step")
         self.console.print("  ".join(parts), highlight=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def print_summary(summary: TrainSummary, console: Console) -> None:
     """What a training run did."""
-    table = Table(title=f"adapter in {summary.output}", show_header=False, title_justify="left")
+    table = Table(title=escape(f"adapter in {summary.output}"), show_header=False, title_justify="left")
     heads = f", {summary.heads} heads" if summary.method == "hydralora" else ""
     rows = {
         "method": summary.method + heads,

@@ -5,6 +5,7 @@ OUTPUT/
   training.json                                    settings, data, losses, time
   heads.png                                        with `heads="auto"`: the curve whose elbow was taken
   checkpoints/checkpoint-N/                        what --resume goes on from
+  checkpoints/run.json                             the settings and a digest of the data, which it must have too
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,18 +29,26 @@ from transformers import (
     TrainingArguments,
 )
 
+from hydraserve.adapters.locate import SAFETENSORS_NAME
 from hydraserve.errors import ConfigError, ModelNotFoundError
-from hydraserve.models import resolve_model
-from hydraserve.training.batches import PackedCollator, PaddedCollator, Rows, accepts_short_logits, pack
+from hydraserve.models import hub_name, resolve_model
+from hydraserve.training.batches import (
+    PackedCollator,
+    PaddedCollator,
+    Rows,
+    accepts_short_logits,
+    keeps_examples_apart,
+    pack,
+)
 from hydraserve.training.data import DataError, Example, load_examples, split
 from hydraserve.training.heads import choose_heads, plot
+from hydraserve.training.output import keep_record, open_output, save_adapter
 from hydraserve.training.progress import ProgressLog
 from hydraserve.training.report import print_heads
 from hydraserve.training.settings import TrainSettings
 from hydraserve.training.template import Template, Tokens
 from hydraserve.tuner import HydraLoraConfig, RouterLossCallback
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from hydraserve.tuner.model import is_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +85,30 @@ def train(settings: TrainSettings, console: Console) -> TrainSummary:
 
     Raises ConfigError, DataError or ModelNotFoundError, before any training, for what cannot be used.
     """
-    checkpoint = _checkpoint(settings)
+    checkpoint = open_output(settings)
     examples = load_examples(settings.data)
     settings = _settle_heads(settings, examples, console)
     torch.manual_seed(settings.seed)
     tokenizer, base = _load_base(settings)
     data = _tokenize(settings, examples, tokenizer)
     short_logits = accepts_short_logits(base)
+    _check_targets(settings, base)
     model = get_peft_model(base, _peft_config(settings))
-    progress = ProgressLog(console)
-    trainer = _trainer(settings, model, tokenizer, data, progress, short_logits)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    eval_loss = _last_eval_loss(trainer) if data.evaluation else None
-    _save(settings, model)
+    with ProgressLog(console) as progress:
+        trainer = _trainer(settings, model, tokenizer, data, progress, short_logits)
+        _check_packing(settings, model, data)
+        keep_record(settings, examples)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        eval_loss = _last_eval_loss(trainer) if data.evaluation else None
+    save_adapter(settings, model, settings.base_name or hub_name(settings.model))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     summary = TrainSummary(
         output=settings.output,
         method=settings.method,
         heads=1 if settings.method == "lora" else int(settings.heads),
         trainable_parameters=model.get_nb_trainable_parameters()[0],
-        adapter_bytes=(settings.output / WEIGHTS_FILE).stat().st_size,
+        adapter_bytes=(settings.output / SAFETENSORS_NAME).stat().st_size,
         examples=len(data.train),
         eval_examples=len(data.evaluation),
         cut_examples=data.cut,
@@ -113,34 +124,13 @@ def train(settings: TrainSettings, console: Console) -> TrainSummary:
     return summary
 
 
-def _checkpoint(settings: TrainSettings) -> str | None:
-    """The checkpoint to go on from. Raises ConfigError where --resume and what is in the folder disagree."""
-    # The trainer's state is the last file that a checkpoint gets: one without it was interrupted.
-    complete = [path.parent for path in settings.checkpoints.glob("checkpoint-*/trainer_state.json")]
-    found = str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-    if settings.resume and found is None:
-        raise ConfigError(
-            "--resume",
-            got=f"no checkpoint in {settings.checkpoints}",
-            expected="one",
-            fix="start without --resume; --save-every N writes checkpoints",
-        )
-    if not settings.resume and found is not None:
-        raise ConfigError(
-            "--output",
-            got=f"{settings.output}, which holds checkpoints of an earlier run",
-            expected="a new folder",
-            fix="--resume to go on with that run, or name another folder",
-        )
-    return found
-
-
 def _settle_heads(settings: TrainSettings, examples: list[Example], console: Console) -> TrainSettings:
     if settings.method == "lora" or settings.heads != "auto":
         return settings
-    choice = choose_heads(examples, seed=settings.seed)
+    choice = choose_heads(examples, method=settings.heads_method, max_heads=settings.max_heads, seed=settings.seed)
     print_heads(choice, console)
-    plot(choice, settings.output / "heads.png")
+    if choice.candidates:
+        plot(choice, settings.output / "heads.png")
     return replace(settings, heads=choice.heads)
 
 
@@ -164,20 +154,48 @@ def _tokenize(settings: TrainSettings, examples: list[Example], tokenizer: PreTr
     """Token ids of both parts of the split; examples of which nothing trainable is left after cutting are dropped."""
     name = settings.template if settings.template != "auto" else ("chat" if tokenizer.chat_template else "alpaca")
     template = Template(name, tokenizer)
-    whole, cut, parts = 2**31, 0, []
-    for part in split(examples, settings.eval_share, settings.seed):
-        tokens = [template.tokens(example, whole) for example in part]
-        cut += sum(len(t.ids) > settings.max_length for t in tokens)
-        short = [Tokens(t.ids[: settings.max_length], t.labels[: settings.max_length]) for t in tokens]
-        parts.append([t for t in short if t.trained])
-    if not parts[0]:
+    whole, cut = 2**31, 0
+    kept: list[Tokens] = []
+    for example in examples:
+        tokens = template.tokens(example, whole)
+        short = Tokens(tokens.ids[: settings.max_length], tokens.labels[: settings.max_length])
+        if short.trained:
+            kept.append(short)
+            cut += len(tokens.ids) > settings.max_length
+    if not kept:
         raise DataError(
             "training data",
             got=f"no example with an answer within {settings.max_length} tokens",
             expected="at least one",
             fix="raise --max-length",
         )
-    return _Data(parts[0], parts[1], cut, len(examples) - len(parts[0]) - len(parts[1]))
+    train, evaluation = split(kept, settings.eval_share, settings.seed)
+    return _Data(train, evaluation, cut, len(examples) - len(kept))
+
+
+def _check_targets(settings: TrainSettings, base: PreTrainedModel) -> None:
+    """Raises ConfigError for a name in target_modules that means no layer of the base, or not linear ones alone."""
+    linear = {name.rpartition(".")[2] for name, module in base.named_modules() if is_linear(module)}
+    for target in () if settings.all_linear else settings.target_modules:
+        found = [m for name, m in base.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found or not all(map(is_linear, found)):
+            kinds = ", ".join(sorted({type(module).__name__ for module in found}))
+            raise ConfigError(
+                "--target-modules",
+                got=f"{target}, {f'a {kinds}' if kinds else 'which the base model does not have'}",
+                expected=f"linear layers: {', '.join(sorted(linear))}",
+            )
+
+
+def _check_packing(settings: TrainSettings, model: PeftModel, data: _Data) -> None:
+    """Raises ConfigError where packing would let examples see one another."""
+    if settings.packing and len(data.train) > 1 and not keeps_examples_apart(model, data.train[:2]):
+        raise ConfigError(
+            "--packing",
+            got=f"{type(model.get_base_model()).__name__}, which does not keep the examples of a row apart",
+            expected="a model that restarts where position_ids do",
+            fix="train it without --packing",
+        )
 
 
 def _peft_config(settings: TrainSettings) -> PeftConfig:
@@ -187,7 +205,7 @@ def _peft_config(settings: TrainSettings) -> PeftConfig:
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": list(settings.target_modules) or "all-linear",
+        "target_modules": "all-linear" if settings.all_linear else list(settings.target_modules),
     }
     if settings.method == "lora":
         return LoraConfig(**common)
@@ -229,7 +247,7 @@ def _trainer(
 
 def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     every = "steps" if settings.eval_every else "epoch"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(settings.checkpoints),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -256,6 +274,10 @@ def _arguments(settings: TrainSettings, evaluates: bool) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
+    # One process, one GPU. With more in sight, Trainer would wrap the model in nn.DataParallel, which cuts every
+    # tensor of a batch along its first dimension: that of logits_to_keep is not the batch, nor is a packed row's.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _last_eval_loss(trainer: Trainer) -> float:
@@ -263,18 +285,6 @@ def _last_eval_loss(trainer: Trainer) -> float:
     last = trainer.state.log_history[-1] if trainer.state.log_history else {}
     measured = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e and e["step"] == last["step"]]
     return float(measured[-1] if measured else trainer.evaluate()["eval_loss"])
-
-
-def _save(settings: TrainSettings, model: PeftModel) -> None:
-    """The adapter in `save_dtype`, under the base model's public name."""
-    model.peft_config["default"].base_model_name_or_path = settings.base_name or settings.model
-    model.save_pretrained(str(settings.output), save_embedding_layers=False)  # "auto" asks the hub about the base
-    (settings.output / "README.md").unlink(missing_ok=True)  # PEFT's model card: a form to fill in
-    path = settings.output / WEIGHTS_FILE
-    dtype = getattr(torch, settings.save_dtype)
-    save_file({key: t.to(dtype).contiguous() for key, t in load_file(path).items()}, path, metadata={"format": "pt"})
-    # safetensors makes files that only their owner can read; the server often runs as another user.
-    path.chmod((settings.output / "adapter_config.json").stat().st_mode)
 
 
 def _write_record(settings: TrainSettings, summary: TrainSummary, history: list[dict[str, float]]) -> None:

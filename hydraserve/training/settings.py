@@ -11,6 +11,13 @@ from hydraserve.errors import ConfigError
 METHODS = ("hydralora", "lora")
 DTYPES = ("float32", "bfloat16")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+HEADS_METHODS = ("kmeans", "dbscan")
+# What decides the course of a run, so a resumed one must have the same. Not its length: a run may be made longer.
+RESUMED = (
+    "model", "method", "heads", "rank", "alpha", "dropout", "rslora", "target_modules", "load_balance", "router_z",
+    "template", "max_length", "packing", "batch_size", "accumulate", "lr", "scheduler", "warmup", "weight_decay",
+    "eval_share", "dtype", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +27,9 @@ class TrainSettings:
     model, data, output: base model (name or folder), files of examples, folder for the adapter.
     method:         "hydralora", or "lora" for comparison.
     heads:          E, or "auto" to choose it from the data. Not used by plain LoRA.
-    rank, alpha, dropout, rslora, target_modules: of the adapter. target_modules empty: every linear layer.
+    heads_method, max_heads: how "auto" chooses, and the largest number that k-means tries.
+    rank, alpha, dropout, rslora, target_modules: of the adapter. target_modules empty, or
+                    "all-linear" alone: every linear layer.
     template:       "chat", "alpaca", "plain", or "auto": chat where the tokenizer has a template, else alpaca.
     max_length:     tokens of an example, beyond which it is cut; with packing also the length of a row.
     packing:        several examples to a row of `max_length` tokens.
@@ -31,8 +40,9 @@ class TrainSettings:
     eval_every, save_every, log_every: steps. eval_every 0: at each epoch's end. save_every 0: only at the end.
     dtype:          of the base model. The adapter trains in float32.
     save_dtype:     of the saved adapter.
-    base_name:      name of the base model that is written into the adapter; default: `model`.
+    base_name:      name of the base model that is written into the adapter; default: `model`, a short name in full.
     resume:         go on from the newest checkpoint in `output`.
+    overwrite:      replace an adapter, and remove checkpoints, that are in `output`.
     """
 
     model: str
@@ -40,6 +50,8 @@ class TrainSettings:
     output: Path
     method: str = "hydralora"
     heads: int | Literal["auto"] = 4
+    heads_method: str = "kmeans"
+    max_heads: int = 10
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -68,9 +80,11 @@ class TrainSettings:
     base_name: str | None = None
     seed: int = 0
     resume: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         choices = {"method": METHODS, "dtype": DTYPES, "save_dtype": DTYPES, "scheduler": SCHEDULERS}
+        choices["heads_method"] = HEADS_METHODS
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(name, got=getattr(self, name), expected="one of " + ", ".join(allowed))
@@ -83,7 +97,14 @@ class TrainSettings:
         for name in ("dropout", "eval_share", "warmup"):
             _check(name, getattr(self, name), "0 or more and less than 1", 0 <= getattr(self, name) < 1)
         _check("max_length", self.max_length, "at least 8 tokens", self.max_length >= 8)
+        _check("max_heads", self.max_heads, "at least 3: an elbow needs a curve", self.max_heads >= 3)
+        _check("overwrite", "resume as well", "one of the two", not (self.overwrite and self.resume))
         _check("heads", self.heads, 'at least 1, or "auto"', self.heads == "auto" or self.heads >= 1)
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer is adapted."""
+        return self.target_modules in ((), ("all-linear",))
 
     @property
     def checkpoints(self) -> Path:

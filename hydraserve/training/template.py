@@ -6,13 +6,13 @@ Three templates:
     alpaca  the prompt of Stanford Alpaca; for base models
     plain   the user's text, a line break, the answer, end of text; the shortest, for /v1/completions
 
-Each piece between the borders of prompt and answer is tokenized on its own, so a prompt has the same ids in
-training as it will have when it is served.
+A server tokenizes a whole prompt, the conversation so far, at once. Here the text up to each border is therefore
+tokenized from its beginning, and what is new is the piece's tokens: prompts have the ids that they have when they are
+served, and answers those that a model goes on with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,68 +52,91 @@ class Template:
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError("tokenizer", got="no end-of-text token", expected="one: answers must end")
+        end = tokenizer(str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+        if end[-1:] != [tokenizer.eos_token_id]:
+            raise ConfigError(
+                "tokenizer", got="an end of text that it does not read as one token", expected="one that is"
+            )
         self.name, self.tokenizer = name, tokenizer
 
     def tokens(self, example: Example, max_length: int) -> Tokens:
         """Ids and labels, cut at `max_length`. Prompts carry no labels, every answer does."""
         ids: list[int] = []
         labels: list[int] = []
-        for text, trained in self.pieces(example.turns):
-            # The tokenizer's own start of text, if it has one, comes once, in front: as it does in serving.
-            piece = self.tokenizer(text, add_special_tokens=not ids)["input_ids"] if text else []
-            if trained and self.name != "chat":
-                piece = [*piece, self.tokenizer.eos_token_id]
+        done = ""
+        for text, trained in self._pieces(example):
+            piece = self._following(ids, done, text)
+            done += text
             ids += piece
             labels += piece if trained else [IGNORE] * len(piece)
         return Tokens(ids[:max_length], labels[:max_length])
 
-    def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-        """[(text, trained)]: prompt and answer in turn."""
-        if self.name == "chat":
-            return self._chat(turns)
-        if self.name == "plain":
-            return [_plain(turn) for turn in turns]
-        return [_alpaca(turn, first=i == 0) for i, turn in enumerate(turns)]
+    def _following(self, ids: list[int], done: str, text: str) -> list[int]:
+        """The tokens of `text` after the text `done`, whose tokens are `ids`."""
+        # The chat template writes the start of text, if there is one; for plain text the server leaves that to the
+        # tokenizer.
+        whole: list[int] = self.tokenizer(done + text, add_special_tokens=self.name != "chat")["input_ids"]
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        # A token reaches over the border ("\n" and "\n" become one), but a prompt's tokens are there before its answer.
+        alone: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return alone
 
-    def _chat(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-        messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    def _pieces(self, example: Example) -> list[tuple[str, bool]]:
+        """[(text, trained)]: prompt and answer in turn. Raises ConfigError, naming the example."""
+        if self.name == "chat":
+            return self._chat(example)
+        pieces: list[tuple[str, bool]] = []
+        prompt = ""
+        for i, turn in enumerate(example.turns):
+            if turn.role == "assistant":
+                pieces += [(prompt, False), (turn.content + str(self.tokenizer.eos_token), True)]
+                prompt = ""
+            else:
+                prompt += f"{turn.content}\n" if self.name == "plain" else _alpaca(turn, first=i == 0)
+        return pieces
+
+    def _chat(self, example: Example) -> list[tuple[str, bool]]:
+        messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in example.turns]
         pieces: list[tuple[str, bool]] = []
         done = ""
-        for i, turn in enumerate(turns):
+        for i, turn in enumerate(example.turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._render(messages[:i], add_generation_prompt=True)
-            whole = self._render(messages[: i + 1], add_generation_prompt=False)
+            prompt = self._render(messages[:i], example, add_generation_prompt=True)
+            whole = self._render(messages[: i + 1], example, add_generation_prompt=False)
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 raise ConfigError(
                     "template chat",
                     got="a chat template that rewrites earlier messages",
                     expected="one that only appends",
                     fix="--template alpaca, or data with one answer an example",
+                    where=example.source,
                 )
             pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
             done = whole
         return pieces
 
-    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return str(text).removeprefix(self.tokenizer.bos_token or "") if self._adds_bos() else str(text)
+    def _render(self, messages: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as e:  # a template is the model authors' program: it raises what they please
+            raise ConfigError(
+                "template chat",
+                got=f"{type(e).__name__}: {e}",
+                expected="a chat template that takes this conversation",
+                fix="--template alpaca, or other data: some templates take no system message",
+                where=example.source,
+            ) from e
 
-    def _adds_bos(self) -> bool:
-        """Whether tokenizing adds a start of text, which the chat template must then not write a second time."""
-        return bool(self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id])
 
-
-def _plain(turn: Turn) -> tuple[str, bool]:
-    if turn.role == "assistant":
-        return turn.content, True
-    return turn.content + "\n", False
-
-
-def _alpaca(turn: Turn, *, first: bool) -> tuple[str, bool]:
-    if turn.role == "assistant":
-        return turn.content, True
+def _alpaca(turn: Turn, *, first: bool) -> str:
+    """first: whether the conversation begins with this turn."""
     if turn.role == "system":
-        return turn.content + "\n\n", False
+        return f"{turn.content}\n\n"
     start = f"{_ALPACA}\n\n" if first else ""
-    return f"{start}### Instruction:\n{turn.content}\n\n### Response:\n", False
+    return f"{start}### Instruction:\n{turn.content}\n\n### Response:\n"

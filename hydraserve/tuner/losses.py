@@ -7,7 +7,7 @@ gradient checkpointing, whose recomputation attaches it again.
 
 What a trainer does to its loss before `backward()` does not reach a loss attached this way. With gradient
 accumulation pass `RouterLossCallback()` to the Trainer, which divides by the number of steps. Loss scaling
-(fp16) is not followed; train in bfloat16 or float32.
+(fp16) is not followed, and the callback refuses it; train in bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class RouterLosses:
 
     def attach(self, weights: torch.Tensor, logits: torch.Tensor, config: HydraLoraConfig) -> torch.Tensor:
         """`weights` [..., E] unchanged, with this layer's losses of `logits` [..., E] in its backward pass."""
-        weights_, logits_ = self._select(weights), self._select(logits)
+        weights_, logits_ = self.select(weights), self.select(logits)
         loss = config.load_balance_coef * load_balance_loss(weights_)
         loss = loss + config.router_z_coef * router_z_loss(logits_)
         attached: torch.Tensor = _AttachLoss.apply(weights, loss / self.num_layers, self.scale)  # type: ignore[no-untyped-call]
         return attached
 
-    def _select(self, t: torch.Tensor) -> torch.Tensor:
+    def select(self, t: torch.Tensor) -> torch.Tensor:
         """[tokens, E], without padding where the mask fits (layers may see other shapes, as in MoE blocks)."""
         if self.token_mask is not None and self.token_mask.shape == t.shape[:-1]:
             return t[self.token_mask.bool()]
@@ -79,7 +79,10 @@ def router_z_loss(logits: torch.Tensor) -> torch.Tensor:
 
 
 class RouterLossCallback(TrainerCallback):
-    """Gives router losses their true weight under gradient accumulation: `Trainer(..., callbacks=[...])`."""
+    """Gives router losses their true weight under gradient accumulation: `Trainer(..., callbacks=[...])`.
+
+    Raises ValueError for a training with router losses in fp16, whose loss scaling they would not follow.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,4 +90,9 @@ class RouterLossCallback(TrainerCallback):
         for module in kwargs["model"].modules():
             losses = getattr(module, "router_losses", None)
             if isinstance(losses, RouterLosses):
+                configs = getattr(module, "configs", {}).values()
+                if args.fp16 and any(c.load_balance_coef or c.router_z_coef for c in configs):
+                    raise ValueError(
+                        "router losses: got fp16=True, whose scaling they do not follow; expected bf16=True"
+                    )
                 losses.scale = 1.0 / args.gradient_accumulation_steps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -38,6 +40,16 @@ class HydraLoraModel(BaseTuner):
         mask = kwargs.get("attention_mask")
         self.router_losses.token_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's place for `adapter_names`. Raises ValueError: without this, PEFT drops the argument in silence."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: got an adapter for each row, expected none: HydraLoRA's layers apply the active "
+                "adapters to the whole batch; call set_adapter() between batches, or serve them with `hydraserve`"
+            )
+        yield
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; further warns of `num_heads_pattern` keys that match no module, as PEFT does for the ranks."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -66,7 +78,7 @@ class HydraLoraModel(BaseTuner):
             target.update_layer(adapter_name, config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_linear(base):
+        if not is_linear(base):
             raise TypeError(
                 f"{current_key}: got a {type(base).__name__}, expected a linear layer (torch.nn.Linear, Conv1D, or a "
                 f"quantised one that PEFT knows); name only linear layers in target_modules"
@@ -86,7 +98,8 @@ class HydraLoraModel(BaseTuner):
         raise MergeError.new()
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
+    """Whether the tuner can adapt this layer."""
     if isinstance(layer, (nn.Linear, Conv1D)):
         return True
     backend = resolve_quantization_backend(layer)

@@ -40,3 +40,19 @@ def test_names_must_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["analyze", hydra, hydra, "--output", str(tmp_path / "out")]) == 2
     assert "two named hydra" in capsys.readouterr().err
     assert main(["analyze", hydra, f"again={hydra}", "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--perplexity", "0"], "--perplexity: got 0.0, expected more than 0"),
+        (["--perplexity", "nan"], "--perplexity: got nan"),
+        (["--output", "/dev/null/out"], "--output: got /dev/null/out: Not a directory"),
+    ],
+)
+def test_options_that_cannot_be(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hydra = save(tmp_path / "hydra", 0, Layout(2, 3, has_router=True))
+    assert main(["analyze", hydra, "--output", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,14 @@ def adapter(layout: Layout) -> HydraAdapter:
 
 def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authors, peft, back = (tmp_path / name for name in ("authors", "peft", "back"))
-    save_hydralora(adapter(Layout(2, 3, has_router=True)), authors)
+    save_hydralora(adapter(Layout(2, 3, has_router=True)), authors, lora_dropout=0.05)
     assert main(["convert", str(authors), str(peft), "--to", "peft"]) == 0
     assert main(["convert", str(peft), str(back), "--to", "hydralora"]) == 0
     assert [load_adapter(path).format for path in (authors, peft, back)] == ["hydralora", "hydralora-peft", "hydralora"]
     assert load_adapter(authors).digest == load_adapter(peft).digest == load_adapter(back).digest
     assert load_adapter(back).base_model == "someone/base"
+    configs = [json.loads((path / "adapter_config.json").read_text()) for path in (authors, peft, back)]
+    assert [config["lora_dropout"] for config in configs] == [0.05, 0.05, 0.05]
     assert "equal" in capsys.readouterr().out
 
 

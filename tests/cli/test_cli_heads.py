@@ -33,6 +33,15 @@ def test_table_and_plot(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_without_being_told_where(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["heads", "--data", str(data), "--max-heads", "3"]) == 0
+    assert "curve: heads.png" in capsys.readouterr().out
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_dbscan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["heads", "--data", str(data), "--method", "dbscan"]) == 0
     assert "suggested: --heads 4" in capsys.readouterr().out
@@ -43,6 +52,7 @@ def test_dbscan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--max-heads", "2"], "--max-heads: got 2, expected at least 3"),
         (["--method", "dbscan", "--plot", "x.png"], "--plot: got --method dbscan"),
+        (["--plot", "/dev/null/x.png"], "--plot: got /dev/null: "),
     ],
 )
 def test_wrong_options(data: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +60,10 @@ def test_wrong_options(data: Path, options: list[str], message: str, capsys: pyt
     assert message in capsys.readouterr().err
 
 
-def test_bad_data_names_the_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_names_the_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     data.write_text(data.read_text() + "\n{broken")
     assert main(["heads", "--data", str(data)]) == 1
     assert f"{data}, line 81: got no JSON" in capsys.readouterr().err

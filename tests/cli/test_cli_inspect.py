@@ -51,12 +51,16 @@ def test_a_runs_folder_says_which_one_was_taken(folder: Path, capsys: pytest.Cap
     assert "took checkpoint-20" in capsys.readouterr().out
 
 
-def test_warnings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_printed_each_on_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = random_weights(16, 24, Layout(2, 2, has_router=True), torch.float32)
     weights.b[1] = weights.b[0]
-    save_hydralora(HydraAdapter.of({"model.layers.0.mlp.up_proj": weights}), tmp_path)
-    assert main(["inspect", str(tmp_path)]) == 0
-    assert "warning: heads are copies of one another" in capsys.readouterr().out
+    folder = tmp_path / "a[" / "b]"  # "[/b]" would be rich's markup
+    save_hydralora(HydraAdapter.of({"model.layers.0.mlp.up_proj": weights}), folder)
+    assert main(["inspect", str(folder)]) == 0
+    output = capsys.readouterr().out
+    warning = next(line for line in output.splitlines() if line.startswith("warning: heads are copies of one another"))
+    assert warning.endswith("fewer heads would do the same")
+    assert output.startswith(f"{folder}: hydralora, ")
 
 
 def test_missing_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

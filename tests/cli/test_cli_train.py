@@ -39,12 +39,15 @@ def test_trains_an_adapter_that_the_server_reads(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--heads", "3", "--rank", "2", "--target-modules", "q_proj", "down_proj", "--log-every", "1"]
+    folder = tmp_path / "out[" / "b]"  # "[/b]" would be rich's markup
+    options += ["--output", str(folder)]
     assert main([*arguments, *options, "--dtype", "float32", "--eval-share", "0.2", "--rslora"]) == 0
     output = capsys.readouterr().out
+    assert "out[/b]" in output.replace("\n", "")
     assert "step 2/2  loss " in output
     assert "hydralora, 3 heads" in output
     assert "7 trained, 2 for evaluation" in output
-    adapter = load_adapter(tmp_path / "out")
+    adapter = load_adapter(folder)
     assert adapter.targets == ("down_proj", "q_proj")
     assert (adapter.rank, adapter.heads) == (2, 3)
     assert adapter.modules["model.layers.0.mlp.down_proj"].scaling == pytest.approx(16 / 2**0.5)
@@ -58,6 +61,8 @@ def test_trains_an_adapter_that_the_server_reads(
         (["--data", "/no/such.json"], 1, "/no/such.json: got No such file"),
         (["--model", "/no/such"], 1, "base model: got '/no/such'"),
         (["--template", "chat"], 2, "without a chat template"),
+        (["--target-modules", "nope"], 2, "--target-modules: got nope"),
+        (["--output", "/dev/null/out"], 2, "--output: got /dev/null/out: Not a directory"),
     ],
 )
 def test_faults_are_one_line(

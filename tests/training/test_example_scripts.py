@@ -17,6 +17,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hydraserve.adapters.checkpoint import inspect_adapter
 from hydraserve.cli import train as train_command
 from hydraserve.training.settings import TrainSettings
 from hydraserve.tuner import HydraLoraConfig
@@ -63,6 +64,15 @@ def test_train_examples_gives_commands_that_train_accepts(tmp_path: Path, monkey
     module.main()
     assert [s.output.name for s in given[8:]] == ["words"]
     assert given[8].data[0].read_text().count("\n") == 4000
+
+
+@pytest.mark.parametrize("name", ["desk", "words"])
+def test_example_adapters_load_and_are_small(name: str) -> None:
+    folder = EXAMPLES / "adapters" / name
+    summary = inspect_adapter(folder)
+    assert (summary.format, summary.base_model) == ("hydralora-peft", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6_000_000
+    assert "## How it was trained" in (folder / "README.md").read_text()
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -82,6 +82,24 @@ def test_one_adapter_and_strangers() -> None:
         analyze({"one": family(1)["task0"], "two": other})
 
 
+def test_one_kind_of_layer_in_two_widths(tmp_path: Path) -> None:
+    modules = dict(family(1)["task0"].modules)
+    wide = {f"vision.{i}.mlp.up_proj": random_weights(30, 80, LAYOUT, torch.float32, seed=i) for i in range(5)}
+    result = analyze({"one": HydraAdapter.of(modules | wide), "two": HydraAdapter.of(modules)})
+    assert {p.width for p in result.points if p.side == "A"} == {30, 60}
+    assert {p.width for p in result.points if p.side == "B"} == {80}
+    assert result.a.across == pytest.approx(1, abs=1e-5)
+    plot(result, tmp_path / "asymmetry.png")
+    assert (tmp_path / "asymmetry.png").stat().st_size > 5000
+
+
+def test_one_layer_in_two_widths_is_of_two_bases() -> None:
+    path = "model.layers.0.mlp.up_proj"
+    other = HydraAdapter.of({path: random_weights(60, 40, LAYOUT, torch.float32)})
+    with pytest.raises(ConfigError, match="from 60 to 80 features in one, from 60 to 40 in two, expected adapters of"):
+        analyze({"one": family(1)["task0"], "two": other})
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_plot_is_a_png(tmp_path: Path, count: int) -> None:
     path = tmp_path / "new" / "asymmetry.png"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, OPTConfig, PreTrainedTokenizerFast
 
 from hydraserve.errors import ConfigError
-from hydraserve.training.batches import PackedCollator, PaddedCollator, accepts_short_logits, pack
+from hydraserve.training.batches import PackedCollator, PaddedCollator, accepts_short_logits, keeps_examples_apart, pack
 from hydraserve.training.data import Example, Turn
 from hydraserve.training.template import IGNORE, Template, Tokens
 
@@ -48,11 +49,68 @@ def test_only_answers_are_trained(
     assert all(label in (IGNORE, i) for i, label in zip(tokens.ids, tokens.labels, strict=True))
 
 
-def test_prompt_ids_are_those_of_the_prompt_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = Template("plain", tokenizer).tokens(conversation("ask", "yes"), 999)
-    prompt = tokenizer("ask\n")["input_ids"]
+def with_merges(merges: list[tuple[str, str]], **options: object) -> PreTrainedTokenizerFast:
+    """One token a character of ASCII (the line break is "Ċ"), one for each merge, and an end of text."""
+    characters = ["</s>", "<s>", "▁", "\n", *pre_tokenizers.ByteLevel.alphabet(), *(a + b for a, b in merges)]
+    inner = Tokenizer(models.BPE(vocab={sign: i for i, sign in enumerate(characters)}, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", **options)
+
+
+def trained_after(tokens: Tokens, prompt: list[int]) -> list[int]:
+    """The trained tokens that follow a prompt as it is served."""
     assert tokens.ids[: len(prompt)] == prompt
-    assert tokens.labels[: len(prompt)] == [IGNORE] * len(prompt)
+    rest = tokens.labels[len(prompt) :]
+    return rest[: [*rest, IGNORE].index(IGNORE)]
+
+
+def test_prompts_have_the_ids_with_which_they_are_served() -> None:
+    tokenizer = with_merges([("Ċ", "Ċ"), ("s", "Ċ")])
+    template = Template("alpaca", tokenizer)
+    tokens = template.tokens(conversation("ask", "yes", "more", "\nno", system="Be kind."), 999)
+    start = "Be kind.\n\n### Instruction:\nask\n\n### Response:\n"
+    assert tokenizer.convert_ids_to_tokens(trained_after(tokens, tokenizer(start)["input_ids"])) == [*"yes", "</s>"]
+    served = tokenizer(f"{start}yes</s>### Instruction:\nmore\n\n### Response:\n")["input_ids"]
+    # Not the token of two line breaks: the prompt's last one is there before the answer begins.
+    assert tokenizer.convert_ids_to_tokens(trained_after(tokens, served)) == ["Ċ", *"no", "</s>"]
+
+
+def test_answers_get_no_space_that_the_text_has_not() -> None:
+    tokenizer = with_merges([])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("yes")["input_ids"]) == ["▁", *"yes"]
+    tokens = Template("plain", tokenizer).tokens(conversation("ask", "yes"), 999)
+    answer = trained_after(tokens, tokenizer("ask\n")["input_ids"])
+    assert tokenizer.convert_ids_to_tokens(answer) == [*"yes", "</s>"]
+
+
+def test_start_of_text_comes_once_from_template_or_tokenizer() -> None:
+    chat = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer = with_merges([], chat_template=chat)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for name in ("chat", "plain"):
+        ids = Template(name, tokenizer).tokens(conversation("ask", "yes"), 999).ids
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        (
+            "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+            "{% endfor %}",
+            "TemplateError: no system role",
+        ),
+        ("{{ messages | length }}", "a chat template that rewrites earlier messages"),
+    ],
+)
+def test_chat_templates_that_fail_name_the_example(chat: str, message: str) -> None:
+    template = Template("chat", with_merges([], chat_template=chat))
+    with pytest.raises(ConfigError, match=f"^test: template chat: got {message}"):
+        template.tokens(conversation("ask", "yes", system="sys"), 999)
 
 
 def test_cut_at_max_length(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -66,6 +124,16 @@ def test_template_that_cannot_be(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     with pytest.raises(ConfigError, match="without a chat template"):
         Template("chat", bare)
+
+
+def test_an_end_of_text_that_is_not_read_as_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    bare.split_special_tokens = True
+    with pytest.raises(ConfigError, match="tokenizer: got an end of text that it does not read as one token"):
+        Template("plain", bare)
+    bare.eos_token = None
+    with pytest.raises(ConfigError, match="tokenizer: got no end-of-text token"):
+        Template("plain", bare)
 
 
 def random_tokens(count: int, longest: int) -> list[Tokens]:
@@ -114,6 +182,33 @@ def test_batches_give_the_loss_of_the_examples_alone(model: LlamaForCausalLM, pa
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, mean_loss(model, examples))
     assert batch["input_ids"].shape[0] == (1 if packed else 9)
+
+
+SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LEAKING = {
+    "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2, **SMALL),
+    "mamba": MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2, initializer_range=0.2),
+}
+
+
+@pytest.mark.parametrize("name", LEAKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_do_not_keep_packed_examples_apart_are_found(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    leaking = AutoModelForCausalLM.from_config(LEAKING[name]).to(dtype)
+    leaking.config.use_cache = False
+    assert not keeps_examples_apart(leaking, random_tokens(2, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_keeps_packed_examples_apart(tiny_model: Path, dtype: torch.dtype) -> None:
+    apart = LlamaForCausalLM.from_pretrained(tiny_model, dtype=dtype).train()
+    apart.config.use_cache = False
+    examples = random_tokens(2, 12)
+    assert keeps_examples_apart(apart, examples)
+    assert apart.training
+    apart.config.use_cache = True  # transformers then looks for no borders
+    assert not keeps_examples_apart(apart, examples)
 
 
 def test_short_logits_leave_out_the_prompts(model: LlamaForCausalLM) -> None:

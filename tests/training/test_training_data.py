@@ -26,6 +26,7 @@ def write(path: Path, records: list[Any], *, lines: bool) -> Path:
         {"instruction": "Add.\n1 2", "output": "3", "task": "sums"},
         {"conversations": [{"from": "human", "value": "Add.\n1 2"}, {"from": "gpt", "value": "3"}]},
         {"messages": [{"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}]},
+        {"conversations": [{"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}]},
     ],
 )
 def test_every_shape_gives_the_same_example(tmp_path: Path, record: dict[str, Any], lines: bool) -> None:
@@ -62,6 +63,7 @@ CONVERSATION = [
         (ALPACA | {"output": ""}, "line 2, output: got '', expected text"),
         (ALPACA | {"instruction": 7}, "line 2, instruction: got 7"),
         (ALPACA | {"history": [["only one"]]}, "line 2, history: got"),
+        (ALPACA | {"output": "\ud83d"}, r"line 2, output: got half a surrogate pair, '\ud83d'"),
         ({"messages": "hello"}, "line 2: got str of messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "line 2, message 1, role: got 'robot'"),
         ({"conversations": CONVERSATION[1:2]}, "line 2, order of messages: got user"),
@@ -79,6 +81,28 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(ALPACA) + '\n\n{"instruction": \n')
     with pytest.raises(DataError, match=r"data\.jsonl, line 3: got no JSON"):
+        load_examples([path])
+
+
+def test_only_line_breaks_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    text = "a\u2028b\u2029c\x85d"
+    path.write_text("\r\n".join(json.dumps(ALPACA | {"output": text}, ensure_ascii=False) for _ in "12"))
+    assert [(e.turns[-1].content, e.source) for e in load_examples([path])] == [
+        (text, f"{path}, line 1"),
+        (text, f"{path}, line 2"),
+    ]
+
+
+@pytest.mark.parametrize("array", [True, False])
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [('{"a": ' + "[" * 100_000, "recursion depth"), ('{"a": ' + "1" * 5000 + "}", "integer string")],
+)
+def test_json_beyond_the_decoders_limits_names_the_line(tmp_path: Path, broken: str, message: str, array: bool) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"[\n{json.dumps(ALPACA)},\n{broken}" if array else f"{json.dumps(ALPACA)}\n{broken}")
+    with pytest.raises(DataError, match=rf"data\.jsonl, line {3 if array else 2}: got no JSON: .*{message}"):
         load_examples([path])
 
 
@@ -105,8 +129,8 @@ def test_faults_in_an_array_name_the_line(tmp_path: Path, text: str, message: st
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json: got No such file"):
         load_examples([tmp_path / "none.json"])
-    (tmp_path / "latin.json").write_bytes(b'[{"instruction": "\xe9"}]')
-    with pytest.raises(DataError, match="not UTF-8 at offset 18"):
+    (tmp_path / "latin.json").write_bytes(b'[\n{"instruction": "\xe9"}]')
+    with pytest.raises(DataError, match=r"latin\.json, line 2: got bytes that are not UTF-8"):
         load_examples([tmp_path / "latin.json"])
     (tmp_path / "empty.json").write_text("[]")
     good = write(tmp_path / "good.jsonl", [ALPACA], lines=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from hydraserve.training.data import DataError, Example, Turn
-from hydraserve.training.heads import choose_heads, elbow, plot
+from hydraserve.training.heads import WORD, choose_heads, elbow, plot
 
 
 def example(text: str) -> Example:
@@ -35,6 +36,28 @@ def test_kmeans_finds_the_number_of_topics(count: int) -> None:
     inertia = [c.inertia for c in choice.candidates]
     assert all(a >= b * 0.999 for a, b in pairwise(inertia))
     assert choose_heads(topics(count)) == choice
+
+
+def test_kmeans_finds_topics_in_a_script_without_spaces() -> None:
+    rng = np.random.default_rng(0)
+    examples = []
+    for topic in range(4):
+        signs = [chr(0x4E00 + 20 * topic + i) for i in range(12)]
+        examples += [example("".join(rng.permutation(signs)[:9])) for _ in range(30)]
+    choice = choose_heads(examples)
+    assert (choice.heads, choice.best_silhouette) == (4, 4)
+
+
+def test_words_are_what_they_were_in_spaced_scripts() -> None:
+    text = "Größe 12_a: naïve, слово x."
+    assert re.findall(WORD, text) == re.findall(r"\w+", text)
+    assert re.findall(WORD, "GPT把12カ国") == ["GPT", "把", "12", "カ", "国"]
+
+
+def test_punctuation_alone_is_refused() -> None:
+    signs = [Example((Turn("user", "?" * i), Turn("assistant", "!")), "test") for i in range(1, 6)]
+    with pytest.raises(DataError, match=r"got examples of punctuation alone, expected words.*--heads 4"):
+        choose_heads(signs)
 
 
 @pytest.mark.parametrize("count", [3, 5])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hydra_kernels import Layout, reference
 from hydra_kernels.testing import random_weights
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hydraserve.adapters.checkpoint import inspect_adapter, load_adapter, save_hydralora
+from hydraserve.adapters.checkpoint import inspect_adapter, load_adapter, save_hydralora, save_lora
 from hydraserve.adapters.formats.peft import save_peft
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import AdapterConfigError, AdapterError, MissingTensorError, ShapeError, UnsupportedFeatureError
@@ -99,6 +99,17 @@ def test_save_peft_is_what_peft_loads(tmp_path: Path, dtype: torch.dtype) -> Non
         layer = model.base_model.model.model.layers[i].mlp.up_proj
         x = torch.randn(5, 32)
         torch.testing.assert_close(layer.delta(x, "default"), reference.delta(x, weights), msg=path)
+
+
+@pytest.mark.parametrize("kind", [HydraLoraConfig, LoraConfig])
+def test_layers_without_an_adapter_stay_without(tmp_path: Path, kind: type[HydraLoraConfig | LoraConfig]) -> None:
+    config = kind(target_modules=["q_proj", "down_proj"], layers_to_transform=[0])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "saved")
+    (save_peft if kind is HydraLoraConfig else save_lora)(load_adapter(tmp_path / "saved"), tmp_path / "back")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "back")
+    layers = model.base_model.targeted_module_names
+    assert sorted(layers) == ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
+    load_adapter(tmp_path / "back")
 
 
 def test_what_the_tuner_cannot_hold_is_not_written(tmp_path: Path) -> None:

@@ -73,8 +73,11 @@ def test_padding_does_not_count() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     padded, short = make(load_balance_coef=1.0), make(load_balance_coef=1.0)
     # A loss of zero on the output leaves only the router's own.
-    (padded(x, attention_mask=mask) * 0).sum().backward()
-    (short(x[mask.bool()][None]) * 0).sum().backward()
+    with record_routing(padded) as of_padded, record_routing(short) as of_short:
+        (padded(x, attention_mask=mask) * 0).sum().backward()
+        (short(x[mask.bool()][None]) * 0).sum().backward()
+    assert of_padded.weights["layers.0"][0].shape == (2, 5, 3)
+    torch.testing.assert_close(of_padded.tokens("layers.0"), of_short.tokens("layers.0"))
     torch.testing.assert_close(router_grads(padded), router_grads(short))
     unmasked = make(load_balance_coef=1.0)
     (unmasked(x) * 0).sum().backward()

@@ -12,7 +12,7 @@ from peft.utils import PeftType
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hydraserve.tuner import HydraLoraConfig, HydraLoraModel
+from hydraserve.tuner import HydraLoraConfig, HydraLoraModel, record_routing
 from hydraserve.tuner.errors import MergeError
 from hydraserve.tuner.register import register
 
@@ -82,6 +82,13 @@ def test_several_adapters() -> None:
     assert torch.equal(logits(model.unload()), base)
 
 
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model = get_peft_model(tiny_llama(), config())
+    with pytest.raises(ValueError, match="adapter_names: got an adapter for each row"):
+        model(input_ids=TOKENS, adapter_names=["default", "default"])
+    model(input_ids=TOKENS, adapter_names=None)
+
+
 def test_two_active_adapters_add_up() -> None:
     model = get_peft_model(tiny_llama(), config())
     model.add_adapter("second", config())
@@ -128,7 +135,19 @@ def test_merging_says_why_not(call: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r: got 0, expected at least 1"),
+        ({"r": 0}, "r: got 0, expected a whole number of at least 1"),
+        ({"r": 2.5}, "r: got 2.5"),
+        ({"r": True}, "r: got True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: got nan, expected more than 0"),
+        ({"lora_alpha": -1}, "lora_alpha: got -1"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, r"alpha_pattern\['q_proj'\]: got 0.0"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, r"rank_pattern: got the key '\(\?i\)q_proj', expected at most 256"),
+        ({"alpha_pattern": {"q_{1,2}": 2.0}}, r"alpha_pattern: got the key 'q_\{1,2\}'"),
+        (
+            {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+            r"layers_to_transform: got \[0\] with target_modules=",
+        ),
+        ({"target_modules": "all-linear", "layers_to_transform": 1}, "layers_to_transform: got 1 with target_modules="),
         ({"num_heads": 0}, "num_heads: got 0"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]: got 0"),
         ({"num_heads_pattern": {"q_proj": -1}}, r"num_heads_pattern\['q_proj'\]: got -1"),
@@ -143,15 +162,18 @@ def test_config_refuses_impossible_values(options: dict[str, object], message: s
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
-    grads = []
+    grads, recorded = [], []
     for checkpointing in (False, True):
         torch.manual_seed(1)
         model = get_peft_model(tiny_llama(), config(load_balance_coef=0.5, router_z_coef=0.1)).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        with record_routing(model) as routing:
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        recorded.append(routing.weights)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert [{len(passes) for passes in weights.values()} for weights in recorded] == [{1}, {1}]
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:
         torch.testing.assert_close(grads[1][name], grads[0][name], msg=name)

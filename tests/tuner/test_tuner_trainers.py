@@ -16,13 +16,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 from trl import SFTConfig, SFTTrainer
 
 from hydraserve.tuner import HydraLoraConfig, HydraLoraLayer, RouterLossCallback
-from hydraserve.tuner.losses import RouterLosses, router_z_loss
+from hydraserve.tuner.losses import router_z_loss
 
 VOCABULARY = 32
 COMMON: dict[str, Any] = {
@@ -76,8 +79,9 @@ def assert_learned(trainer: Trainer, folder: Path) -> None:
     trainer.save_model(str(folder))
     loaded = PeftModel.from_pretrained(tiny_llama(), folder).eval()
     tokens = torch.tensor([counting()[3]["input_ids"]])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+    # SFTTrainer trains in bfloat16 where nothing else is said; its model then always computes so.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=trainer.args.bf16):
+        torch.testing.assert_close(loaded(tokens).logits.float(), trainer.model.eval()(tokens).logits.float())
 
 
 def plain_trainer(folder: Path, **options: float) -> Trainer:
@@ -92,7 +96,7 @@ def plain_trainer(folder: Path, **options: float) -> Trainer:
 def sft_trainer(folder: Path, **options: float) -> Trainer:
     return SFTTrainer(
         model=tiny_llama(),
-        args=SFTConfig(output_dir=str(folder), bf16=False, **COMMON),
+        args=SFTConfig(output_dir=str(folder), **COMMON),
         train_dataset=counting().remove_columns(["labels", "attention_mask"]),
         processing_class=tokenizer(),
         peft_config=config(**options),
@@ -130,17 +134,39 @@ def test_router_losses_act_under_every_trainer(make: Callable[..., Trainer], tmp
     assert z_loss(strong) < 0.5 * z_loss(without)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_callback_divides_by_the_accumulation_steps(tmp_path: Path, steps: int) -> None:
-    model = get_peft_model(tiny_llama(), config(router_z_coef=0.1))
-    arguments = COMMON | {"max_steps": 1, "per_device_train_batch_size": 16 // steps}
-    trainer = Trainer(
+def router_gradients(folder: Path, steps: int, **options: float) -> dict[str, torch.Tensor]:
+    """Of one optimiser step over the same 16 rows, as the optimiser gets them."""
+    model = get_peft_model(tiny_llama(), config(**options))
+    arguments = COMMON | {"max_steps": 1, "per_device_train_batch_size": 16 // steps, "max_grad_norm": 0.0}
+    seen: dict[str, torch.Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters() if "hydralora_router" in n})
+
+    Trainer(
         model=model,
-        args=TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=steps, **arguments),
-        train_dataset=counting(),
+        args=TrainingArguments(output_dir=str(folder), gradient_accumulation_steps=steps, **arguments),
+        train_dataset=counting().select(range(16)),
         data_collator=default_data_collator,
-        callbacks=[RouterLossCallback()],
-    )
-    trainer.train()
-    assert isinstance(model.base_model.router_losses, RouterLosses)
-    assert model.base_model.router_losses.scale == 1 / steps
+        callbacks=[RouterLossCallback(), Look()],
+    ).train()
+    return seen
+
+
+def test_router_losses_weigh_the_same_under_accumulation(tmp_path: Path) -> None:
+    at_once, in_four = (router_gradients(tmp_path, steps, router_z_coef=0.1) for steps in (1, 4))
+    assert len(at_once) == 2 * 7
+    for name, expected in at_once.items():
+        torch.testing.assert_close(in_four[name], expected, msg=name)
+        assert expected.abs().max() > 0, "every B is zero at first: this is the losses' own"
+
+
+def test_router_losses_under_loss_scaling_are_refused(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(router_z_coef=0.1))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    arguments.fp16 = True
+    state, control = TrainerState(), TrainerControl()
+    with pytest.raises(ValueError, match="router losses: got fp16=True"):
+        RouterLossCallback().on_train_begin(arguments, state, control, model=model)
+    RouterLossCallback().on_train_begin(arguments, state, control, model=get_peft_model(tiny_llama(), config()))

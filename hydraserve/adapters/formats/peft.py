@@ -134,7 +134,8 @@ def _config(adapter: HydraAdapter, lora_dropout: float) -> dict[str, Any]:
         "peft_type": PEFT_TYPE,
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": list(adapter.targets),
+        # Whole paths: last components alone would adapt every layer, also those that the adapter left out.
+        "target_modules": list(adapter.modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
