@@ -105,13 +105,15 @@ class ServerProcess:
         hurry_s: the second signal, on which a server ends at once, comes after so many seconds; None: never.
         """
         assert self.process is not None
-        for seconds in (timeout_s,) if hurry_s is None else (hurry_s, timeout_s):
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            for seconds in (timeout_s,) if hurry_s is None else (hurry_s, timeout_s):
+                if self.process.poll() is None:
+                    self.process.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self.process.wait(seconds)
+        finally:  # after a second Ctrl-C too: nobody else would end it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
     def log_tail(self, lines: int = 30) -> str:

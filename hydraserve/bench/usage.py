@@ -9,7 +9,7 @@ from pathlib import Path
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 # Fields of /proc/PID/stat after the command's closing parenthesis (proc(5) counts from 1, and these from field 3).
-_SESSION, _UTIME, _STIME = 3, 11, 12
+_STATE, _SESSION, _UTIME, _STIME = 0, 3, 11, 12
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Memory:
 def session_processes(leader: int) -> list[int]:
     """The living processes of the session that `leader` started (see ServerProcess)."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    return [pid for pid in pids if (stat := _stat(pid)) and int(stat[_SESSION]) == leader]
+    stats = {pid: stat for pid in pids if (stat := _stat(pid))}
+    # A zombie has ended, and waits for a parent (in a container, for a first process) to take note of it.
+    return [pid for pid, stat in stats.items() if int(stat[_SESSION]) == leader and stat[_STATE] != "Z"]
 
 
 def memory(leader: int) -> Memory:

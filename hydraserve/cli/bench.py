@@ -102,6 +102,7 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from hydraserve.bench.result import load
+    from hydraserve.cli.signals import terminable
 
     if args.show is not None:
         _refuse(args.passthrough, "--show measures nothing")
@@ -109,15 +110,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.model:
         raise ConfigError("--model", "nothing", "a base model", "hydraserve bench --model demo")
-    with tempfile.TemporaryDirectory(prefix="hydraserve-bench-") as folder:
+    with terminable(), tempfile.TemporaryDirectory(prefix="hydraserve-bench-") as folder:
         return measure(args, Path(folder))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> int:
-    """Set everything up, run it, print it. 0, or INTERRUPTED with a partial result."""
+    """Set everything up, run it, print it. 0, or with a partial result the status that shells give."""
     from hydraserve.bench.progress import BarProgress
     from hydraserve.bench.result import Result, save
     from hydraserve.bench.runner import Runner
+    from hydraserve.cli.signals import Terminated
 
     workload, loads = read_workload(args)
     engine_flags = [] if args.url else default_flags(args, workload, loads)
@@ -129,18 +131,21 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
         if args.output is not None:
             save(result.to_json(), args.output)
 
+    status = 0
     with BarProgress() as progress:
         try:
             Runner(comparison, workload, settings, result, progress, keep).run()
         except KeyboardInterrupt:
-            result.stopped_by = "Ctrl-C"
+            result.stopped_by, status = "Ctrl-C", INTERRUPTED
+        except Terminated as e:
+            result.stopped_by, status = e.name, e.status
         except BaseException as e:
             result.stopped_by = type(e).__name__
             raise
         finally:
             keep()
     _print(result.to_json(), args)
-    return 0 if result.complete else INTERRUPTED
+    return status
 
 
 def read_workload(args: argparse.Namespace) -> tuple[Workload, list[Load]]:

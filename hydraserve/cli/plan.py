@@ -134,8 +134,9 @@ def parse_bytes(text: str, flag: str) -> int:
 def check(model: str, plan: MemoryPlan) -> list[Checked]:
     """Start the server as planned and compare."""
     from hydraserve.bench.check import check_plan
+    from hydraserve.cli.signals import terminable
 
-    with tempfile.TemporaryDirectory(prefix="hydraserve-plan-") as folder:
+    with terminable(), tempfile.TemporaryDirectory(prefix="hydraserve-plan-") as folder:
         return check_plan(model, plan, Path(folder))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -106,8 +108,17 @@ def test_open_loop_run(tiny_llama: Path, tmp_path: Path) -> None:
     assert [run["metrics"]["requests"] for run in result["cells"][0]["runs"]] == [10, 10]
 
 
-def test_ctrl_c_gives_a_partial_result(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "named", "status"), [(signal.SIGINT, "Ctrl-C", bench.INTERRUPTED), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_gives_a_partial_result(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    named: str,
+    status: int,
 ) -> None:
     from hydraserve.bench.runner import Runner
 
@@ -116,14 +127,14 @@ def test_ctrl_c_gives_a_partial_result(
     def stop_in_the_third(self: Runner, *arguments: object) -> None:
         calls.append(arguments)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         measure_once(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Runner, "measure_once", stop_in_the_third)
     with serving() as fake:
-        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == bench.INTERRUPTED
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == status
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["complete"] is False
-    assert result["stopped_by"] == "Ctrl-C"
+    assert result["stopped_by"] == named
     assert [len(cell["runs"]) for cell in result["cells"]] == [1, 1]
-    assert "PARTIAL" in capsys.readouterr().out
+    assert f"PARTIAL: stopped by {named}" in capsys.readouterr().out
