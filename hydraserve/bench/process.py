@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from hydraserve.config import KEY_VARIABLES
 from hydraserve.errors import EngineError
 
 # An engine start takes about a minute on two cores, several when the machine is busy.
@@ -27,6 +28,9 @@ HURRY_S = 1.0
 # ours runs in it (with HYDRASERVE_PLUGIN=0), not even the command line.
 HYDRASERVE = ("-m", "hydraserve.cli.main", "serve")
 VLLM = ("-m", "vllm.entrypoints.openai.api_server")
+
+# Variables of a server that only its starter talks to: with the user's own keys it would refuse that one.
+NO_KEYS = dict.fromkeys(KEY_VARIABLES, "")
 
 
 def free_port() -> int:

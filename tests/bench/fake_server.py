@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 METRICS = """\
 # TYPE vllm:generation_tokens_total counter
@@ -37,6 +38,13 @@ class FakeServer:
     first_s: float = 0.0
     next_s: float = 0.0
     tokens: int = 0
+    key: str = ""  # asked for, when there is one
+
+    @web.middleware
+    async def check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": {"message": "no key"}}, status=401)
+        return await handler(request)
 
     async def models(self, _: web.Request) -> web.Response:
         cards = [{"id": "base", "parent": None}, {"id": "one", "parent": "base"}, {"id": "two", "parent": "base"}]
@@ -99,7 +107,7 @@ def serving() -> Iterator[FakeServer]:
 
 
 async def _serve(server: FakeServer, ready: threading.Event, done: asyncio.Event) -> None:
-    app = web.Application()
+    app = web.Application(middlewares=[server.check_key])
     app.router.add_post("/v1/completions", server.completions)
     app.router.add_get("/v1/models", server.models)
     app.router.add_get("/metrics", server.metrics)

@@ -50,12 +50,16 @@ def test_a_command_that_is_ended_ends_its_servers(tmp_path: Path, number: signal
 
 def test_a_second_signal_does_not_interrupt_the_stopping() -> None:
     stopped = []
-    with pytest.raises(Terminated) as raised, terminable():
+
+    def work() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             stopped.append("server")
+
+    with pytest.raises(Terminated) as raised, terminable():
+        work()
     assert stopped == ["server"]
     assert (raised.value.name, raised.value.status) == ("SIGTERM", 143)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

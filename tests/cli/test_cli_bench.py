@@ -36,6 +36,16 @@ def test_engine_flags_are_given_to_all_and_win_over_defaults(tiny_llama: Path) -
     assert "--max-model-len" not in flags, "only as it was given"
 
 
+@pytest.mark.parametrize("dtype", [["--dtype=float32"], ["--dtype", "float"], ["--dtype", "float32"]])
+def test_kv_cache_of_float32_is_twice_as_large(tiny_llama: Path, dtype: list[str]) -> None:
+    def room(*flags: str) -> int:
+        args = parsed("--model", str(tiny_llama), "--batch", "8192", *flags)
+        made = bench.default_flags(args, *bench.read_workload(args))
+        return int(made[made.index("--kv-cache-memory-bytes") + 1])
+
+    assert room(*dtype) == 2 * room("--dtype", "bfloat16") == 2 * room()
+
+
 def test_kv_cache_holds_the_whole_batch(tiny_llama: Path) -> None:
     args = parsed("--model", str(tiny_llama), "--batch", "4096", "--input-len", "100-200", "--output-len", "50")
     workload, loads = bench.read_workload(args)
@@ -65,6 +75,19 @@ def test_loads(tiny_llama: Path) -> None:
         (["--model", "TINY", "--slo", "soon"], "--slo"),
         (["--model", "TINY", "--adapters", "-3"], "--adapters"),
         (["--model", "TINY", "--url", "http://127.0.0.1:9", "--enforce-eager"], "--url"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--arms", "off"], "--arms"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--reference"], "--reference"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--adapter", "x"], "--adapter"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--slots", "4"], "--slots"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--one-at-a-time"], "--one-at-a-time"),
+        (["--model", "TINY", "--api-key", "secret"], "--api-key"),
+        (["--model", "TINY", "--seed", "-5"], "--seed"),
+        (["--model", "TINY", "--slots", "0"], "--slots"),
+        (["--model", "TINY", "--rate", "nan"], "--rate"),
+        (["--model", "TINY", "--rate", "1", "--burstiness", "nan"], "burstiness"),
+        (["--model", "TINY", "--reference", "--output-len", "8-16"], "reference"),
+        (["--model", "TINY", "--target-modules", "qproj"], "--target-modules"),
+        (["--model", "TINY", "--adapters", "16", "--batch", "8", "--waves", "1"], "comparison"),
         (["--show", "missing.json"], "result file"),
     ],
 )
@@ -90,7 +113,7 @@ def test_a_whole_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert result["provenance"]["versions"]["hydraserve"]
     assert result["workload"]["output_len"] == "3"
     assert [(cell["arm"], cell["load"]["concurrency"]) for cell in result["cells"]] == [
-        *(("base-only", 1), ("base-only", 2), ("running-2", 2)),
+        *(("base-only", 1), ("running-2", 1), ("base-only", 2), ("running-2", 2)),
     ]
     assert result["cells"][0]["over_repeats"]["goodput_per_s"]["min"] > 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -98,6 +121,18 @@ def test_a_whole_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "goodput/s" in out
     assert main(["bench", "--show", str(tmp_path / "result.json"), "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| batch | arm |")
+
+
+def test_the_key_of_a_running_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HYDRASERVE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as fake:
+        fake.key = "secret"
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == 1
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1", "--api-key", "secret") == 0
+        assert "secret" not in (tmp_path / "result.json").read_text()
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == 0
 
 
 def test_open_loop_run(tiny_llama: Path, tmp_path: Path) -> None:
