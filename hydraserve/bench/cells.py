@@ -50,7 +50,7 @@ def why_not(arm: Arm, load: Load, requests: int, popularity: str) -> str | None:
     if arm.kind == "reference" and load.value > REFERENCE_LARGEST_BATCH:
         return f"the reference is measured up to a batch of {REFERENCE_LARGEST_BATCH}"
     if popularity == "distinct" and arm.adapters > requests:
-        return f"{requests} requests a run cannot ask for {arm.adapters} adapters in turn"
+        return f"{requests} request{'s' * (requests > 1)} a run cannot ask for {arm.adapters} adapters in turn"
     return None
 
 

@@ -115,7 +115,7 @@ def test_what_is_left_out_is_in_the_result(fake_server: FakeServer, tmp_path: Pa
     measured.run()
     (item,) = measured.result.to_json()["left_out"]
     assert (item["label"], item["load"]["concurrency"]) == ("adapters, 2 adapters", 1)
-    assert item["why"] == "1 requests a run cannot ask for 2 adapters in turn"
+    assert item["why"] == "1 request a run cannot ask for 2 adapters in turn"
 
 
 def test_nothing_to_compare_is_an_error_before_a_server_starts(tmp_path: Path) -> None:

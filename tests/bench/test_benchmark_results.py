@@ -90,9 +90,9 @@ def test_a_target_is_judged_by_the_median_of_paired_ratios(tmp_path: Path) -> No
 def test_clients_agree_when_their_ranges_overlap() -> None:
     """Not when they lie apart by less than they are wide."""
     a, b, c = ({"median": m, "min": m - 1, "max": m + 1} for m in (10.0, 11.5, 12.5))
-    assert agreement.overlap(a, a)  # type: ignore[arg-type]
-    assert agreement.overlap(a, b)  # type: ignore[arg-type]
-    assert not agreement.overlap(a, c)  # type: ignore[arg-type]
+    assert agreement.overlap(a, a)
+    assert agreement.overlap(a, b)
+    assert not agreement.overlap(a, c)
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
