@@ -67,9 +67,9 @@ BENCH: dict[str, tuple[str, str, int]] = {
     ),
     "open-loop": (
         "Poisson arrivals, Zipf popularity, more adapters than slots",
-        "--shape 8x4 --adapters 16 --slots 4 --arms off,hydra --rate 1,2 --requests 40 --popularity zipf "
+        "--shape 8x4 --adapters 16 --slots 4 --arms off,hydra --rate 1,2 --requests 100 --popularity zipf "
         "--input-len 16-64 --output-len 32-96 --slo ttft=1000,tpot=100 --repeats 3",
-        10,
+        20,
     ),
 }
 # name -> arguments of `hydraserve plan --check`

@@ -58,6 +58,15 @@ def administration_key() -> str | None:
     return os.environ.get("HYDRASERVE_ADMIN_API_KEY") or os.environ.get("HYDRASERVE_API_KEY") or None
 
 
+# Variables that make a server ask for keys.
+KEY_VARIABLES = ("HYDRASERVE_API_KEY", "HYDRASERVE_ADMIN_API_KEY", "VLLM_API_KEY")
+
+
+def inference_key() -> str | None:
+    """The key that `hydraserve bench` shows a running server: HYDRASERVE_API_KEY, else OPENAI_API_KEY."""
+    return os.environ.get("HYDRASERVE_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
+
+
 def debug() -> bool:
     """Whether errors come with tracebacks: HYDRASERVE_DEBUG=1, which `--debug` sets for all processes."""
     return os.environ.get("HYDRASERVE_DEBUG", "0") == "1"

@@ -82,11 +82,17 @@ def _targets(
     used = {target for adapter in adapters for target in adapter.targets}
     if config.target_modules is None:
         return tuple(sorted(used or known))
-    if unknown := set(config.target_modules) - known:
+    check_targets(config.target_modules, base_shapes)
+    return tuple(sorted(used | set(config.target_modules)))
+
+
+def check_targets(targets: Iterable[str], base_shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ConfigError when the base has no linear layer of one of these names."""
+    known = {name.rsplit(".", 1)[-1] for name in base_shapes if "lm_head" not in name}
+    if unknown := set(targets) - known:
         raise ConfigError(
             what="--target-modules",
             got=", ".join(sorted(unknown)),
             expected=f"linear layers of the base model: {', '.join(sorted(known))}",
             fix="name layers by the last part of their path",
         )
-    return tuple(sorted(used | set(config.target_modules)))

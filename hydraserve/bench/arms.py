@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hydraserve.adapters.sizing import check_targets
 from hydraserve.adapters.synthetic import make_adapter, save_adapter
 
 BASE = "base"  # what the base model is called in requests
@@ -35,6 +36,7 @@ class ServerSpec:
                transformers; "running": at `url`, started by somebody else.
     arguments: of that server, without the address.
     adapters:  name -> folder.
+    key:       what a running server asks for.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ServerSpec:
     arguments: tuple[str, ...] = ()
     adapters: Mapping[str, Path] = field(default_factory=dict)
     url: str | None = None
+    key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,11 @@ class Plan:
 
 
 def compare(plan: Plan) -> Comparison:
-    """All servers and arms of a plan. Random adapters are written below plan.folder."""
+    """All servers and arms of a plan. Random adapters are written below plan.folder.
+
+    Raises ConfigError when the base has no layers of plan.targets.
+    """
+    check_targets(plan.targets or (), plan.base_shapes)
     common = ("--model", plan.model, "--served-model-name", BASE, *plan.engine_flags)
     servers: list[ServerSpec] = []
     arms: list[Arm] = []
@@ -150,9 +157,11 @@ def compare(plan: Plan) -> Comparison:
     return Comparison(tuple(servers), tuple(arms), BASELINE if "off" in plan.kinds else None)
 
 
-def running_server(url: str, base: str, adapters: Sequence[str], counts: Sequence[int]) -> Comparison:
+def running_server(
+    url: str, base: str, adapters: Sequence[str], counts: Sequence[int], key: str | None = None
+) -> Comparison:
     """Arms for a server that runs already: its base model, and its adapters if it has any."""
-    server = ServerSpec("running", "running", (), dict.fromkeys(adapters, Path()), url)
+    server = ServerSpec("running", "running", (), dict.fromkeys(adapters, Path()), url, key)
     arms = [Arm("base-only", "base only", "base-only", server.name, (base,), 0)]
     if adapters:
         fitting = [count for count in counts if count <= len(adapters)] or [len(adapters)]

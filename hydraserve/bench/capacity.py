@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from hydra_kernels import Layout, SlotCapacity
 
+from hydraserve.adapters.sizing import check_targets
 from hydraserve.errors import ConfigError
 
 Device = Literal["cpu", "gpu"]
@@ -34,6 +35,8 @@ CPU_UTILIZATION = 0.9
 KV_BLOCK_TOKENS: dict[Device, int] = {"cpu": 128, "gpu": 16}
 BATCHED_TOKENS: dict[Device, int] = {"cpu": 2048, "gpu": 8192}
 SEQUENCES = 256
+# What vLLM assumes of a model whose configuration names no longest request.
+CONTEXT = 2048
 
 # Of what is left beside the weights: the most that slots may take, and the most of the host for waiting adapters.
 # The KV cache decides how many requests run at once, so it keeps the larger part.
@@ -52,7 +55,7 @@ _TABLE_BYTES = 14 * 8
 @dataclass(frozen=True)
 class BaseSize:
     """A base model. weights: bytes; kv_token: bytes of KV cache for one token; shapes: module path -> (in, out) of
-    every linear layer; hidden, intermediate, vocabulary: as in its configuration."""
+    every linear layer; hidden, intermediate, vocabulary: as in its configuration; context: the longest request."""
 
     weights: int
     kv_token: int
@@ -60,6 +63,7 @@ class BaseSize:
     hidden: int
     intermediate: int
     vocabulary: int
+    context: int
 
     @classmethod
     def of(cls, model: str, dtype_bytes: int) -> BaseSize:
@@ -88,6 +92,7 @@ class BaseSize:
             hidden=int(text.hidden_size),
             intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
             vocabulary=int(text.vocab_size),
+            context=context_length(text),
         )
 
 
@@ -100,6 +105,14 @@ def kv_bytes_per_token(config: Any, dtype_bytes: int, tensor_parallel: int = 1) 
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     return 2 * int(text.num_hidden_layers) * max(1, heads // tensor_parallel) * head_dim * dtype_bytes
+
+
+def context_length(text: Any) -> int:
+    """Tokens of the longest request of a model, as vLLM reads them from its (text) configuration."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    # These kinds have the factor in max_position_embeddings already.
+    stretched = rope.get("rope_type") in ("linear", "dynamic")
+    return int(getattr(text, "max_position_embeddings", CONTEXT) * (rope.get("factor") or 1 if stretched else 1))
 
 
 def adapter_bytes(shapes: Iterable[tuple[int, int]], layout: Layout, dtype_bytes: int) -> int:
@@ -155,6 +168,7 @@ class Wish:
     layout:      of the adapters, all of one size; targets: last name components of their layers, None: all.
     adapters:    how many there are; concurrency: requests that may meet in a batch; slots: None: chosen.
     device:      "gpu": memory is one GPU's, host that of the machine. "cpu": memory is the machine's, host unused.
+    max_model_len: tokens of the longest request, None: the base model's context.
     dtype:       of the engine, None: the model's own, of 16 bits. utilization: share of `memory` that may be used.
     """
 
@@ -166,6 +180,7 @@ class Wish:
     concurrency: int = 64
     slots: int | None = None
     targets: tuple[str, ...] | None = None
+    max_model_len: int | None = None
     dtype: str | None = None
     tensor_parallel: int = 1
     utilization: float = GPU_UTILIZATION
@@ -177,10 +192,30 @@ class Wish:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits. All sizes in bytes, of one device; see the properties."""
+    """What fits. All sizes in bytes, of one device; see the properties.
+
+    Raises ConfigError for layers or a context that the base does not have, and for tensor parallel on a CPU.
+    """
 
     base: BaseSize
     wish: Wish
+
+    def __post_init__(self) -> None:
+        check_targets(self.wish.targets or (), self.base.shapes)
+        if self.wish.device == "cpu" and self.wish.tensor_parallel > 1:
+            raise ConfigError(
+                what="--tensor-parallel-size",
+                got=f"{self.wish.tensor_parallel} on a CPU, where the ranks share one memory",
+                expected="1: what several ranks take there is not planned",
+                fix="leave it out; --device gpu plans for GPUs",
+            )
+        if self.max_model_len > self.base.context:
+            raise ConfigError(
+                what="--max-model-len",
+                got=self.max_model_len,
+                expected=f"at most {self.base.context}, the base model's context, beyond which vLLM does not start",
+                fix="lower it, or leave it out for the whole context",
+            )
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -190,7 +225,7 @@ class MemoryPlan:
 
     @cached_property
     def adapter(self) -> int:
-        """One adapter in the host's memory."""
+        """One adapter, in one process."""
         return adapter_bytes(self.shapes.values(), self.wish.layout, self.wish.dtype_bytes)
 
     @cached_property
@@ -237,12 +272,17 @@ class MemoryPlan:
     def max_adapters(self) -> int:
         """Adapters that wait in the host's memory, within HOST_SHARE of it; the others are read when asked for."""
         room = self.left if self.wish.device == "cpu" else self.wish.host
-        fitting = int(max(0, room) * HOST_SHARE) // max(1, self.adapter)
+        fitting = int(max(0, room) * HOST_SHARE) // max(1, self.waiting)
         return max(self.slots, min(self.wish.adapters, fitting))
 
     @property
+    def waiting(self) -> int:
+        """One adapter in the host's memory: each rank's process keeps its own copy, whole."""
+        return self.adapter * self.wish.tensor_parallel
+
+    @property
     def host_cache(self) -> int:
-        return self.max_adapters * self.adapter
+        return self.max_adapters * self.waiting
 
     @property
     def kv_cache(self) -> int:
@@ -261,6 +301,19 @@ class MemoryPlan:
         return max(0, self.kv_cache) // (self.kv_token * block) * block
 
     @property
+    def max_model_len(self) -> int:
+        return self.wish.max_model_len or self.base.context
+
+    @property
+    def requests(self) -> float:
+        """How many of the longest requests the KV cache holds at one time. vLLM does not start for less than one."""
+        return self.kv_tokens / self.max_model_len
+
+    @property
+    def fits(self) -> bool:
+        return self.requests >= 1
+
+    @property
     def total(self) -> int:
         """What the server takes altogether, of the memory that it serves from."""
         waiting = self.host_cache if self.wish.device == "cpu" else 0
@@ -271,6 +324,8 @@ class MemoryPlan:
         layout = self.wish.layout
         flags = ["--slots", str(self.slots), "--max-adapters", str(self.max_adapters)]
         flags += ["--max-rank", str(layout.rank), "--max-heads", str(layout.heads)]
+        if self.wish.max_model_len is not None:
+            flags += ["--max-model-len", str(self.wish.max_model_len)]
         if self.wish.targets is not None:
             flags += ["--target-modules", ",".join(self.wish.targets)]
         if self.wish.dtype is not None:

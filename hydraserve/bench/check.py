@@ -9,7 +9,7 @@ from hydraserve.adapters.synthetic import make_adapter, save_adapter
 from hydraserve.bench.arms import BASE
 from hydraserve.bench.capacity import MemoryPlan
 from hydraserve.bench.client import drive
-from hydraserve.bench.process import ServerProcess
+from hydraserve.bench.process import NO_KEYS, ServerProcess
 from hydraserve.bench.scrape import scrape
 from hydraserve.bench.usage import memory
 from hydraserve.bench.workload import Lengths, Load, Workload
@@ -54,7 +54,7 @@ def check_plan(model: str, plan: MemoryPlan, folder: Path) -> list[Checked]:
     arguments = ["--model", model, "--served-model-name", BASE, *plan.flags()]
     for name, path in adapters.items():
         arguments += ["--adapter", f"{name}={path}"]
-    with ServerProcess(arguments, folder / "server.log") as server:
+    with ServerProcess(arguments, folder / "server.log", NO_KEYS) as server:
         requests = Workload(100, Lengths(8, 8), Lengths(4, 4)).requests(
             len(adapters), list(adapters), Load(concurrency=len(adapters)), seed=0
         )

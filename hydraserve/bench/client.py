@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
 
+from hydraserve.bench.scrape import key_header
 from hydraserve.bench.stats import RequestRecord
 from hydraserve.bench.workload import Load, Request
 
@@ -23,28 +24,35 @@ TIMEOUT = aiohttp.ClientTimeout(total=None, sock_read=120.0)
 
 @dataclass
 class _Exchange:
-    """One request and what came back."""
+    """One request and what came back. start: when it was sent, or under an open loop was due; lag: how much later than
+    that it was sent."""
 
     model: str
     body: bytes
     at: float
     start: float = 0.0
+    lag: float | None = None
     status: int = 0
     lines: list[tuple[float, bytes]] = field(default_factory=list)
     error: str | None = None
 
 
 def drive(
-    url: str, requests: Sequence[Request], load: Load, on_done: Callable[[], None] = lambda: None
+    url: str,
+    requests: Sequence[Request],
+    load: Load,
+    on_done: Callable[[], None] = lambda: None,
+    key: str | None = None,
 ) -> list[RequestRecord]:
     """Send the requests to `url` (without a path) and wait for the last token of each.
 
-    on_done: called after each request.
+    on_done: called after each request. key: what the server asks for, if anything.
 
     A request that fails is a record with an error; the others go on.
     """
     exchanges = [_Exchange(r.model, _body(r), r.at) for r in requests]
-    asyncio.run(_run(f"{url}/v1/completions", exchanges, load, on_done))
+    headers = {"Content-Type": "application/json", **key_header(key)}
+    asyncio.run(_run(f"{url}/v1/completions", headers, exchanges, load, on_done))
     return [_record(exchange) for exchange in exchanges]
 
 
@@ -63,8 +71,9 @@ def _body(request: Request) -> bytes:
     ).encode()
 
 
-async def _run(url: str, exchanges: Sequence[_Exchange], load: Load, on_done: Callable[[], None]) -> None:
-    headers = {"Content-Type": "application/json"}
+async def _run(
+    url: str, headers: Mapping[str, str], exchanges: Sequence[_Exchange], load: Load, on_done: Callable[[], None]
+) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector, headers=headers) as session:
         if load.concurrency is not None:
@@ -80,6 +89,7 @@ async def _one_after_another(
     session: aiohttp.ClientSession, url: str, queue: Iterator[_Exchange], on_done: Callable[[], None]
 ) -> None:
     for exchange in queue:
+        exchange.start = time.perf_counter()
         await _send(session, url, exchange)
         on_done()
 
@@ -87,13 +97,16 @@ async def _one_after_another(
 async def _at_its_time(
     session: aiohttp.ClientSession, url: str, exchange: _Exchange, begin: float, on_done: Callable[[], None]
 ) -> None:
-    await asyncio.sleep(begin + exchange.at - time.perf_counter())
+    """A late client must not flatter the server: what a request waited to be sent is part of its time, as a user of
+    an overloaded server waits too."""
+    exchange.start = begin + exchange.at
+    await asyncio.sleep(exchange.start - time.perf_counter())
+    exchange.lag = max(0.0, time.perf_counter() - exchange.start)
     await _send(session, url, exchange)
     on_done()
 
 
 async def _send(session: aiohttp.ClientSession, url: str, exchange: _Exchange) -> None:
-    exchange.start = time.perf_counter()
     try:
         async with session.post(url, data=exchange.body) as response:
             exchange.status = response.status
@@ -113,7 +126,7 @@ def _record(exchange: _Exchange) -> RequestRecord:
             tokens, prompt_tokens = parse_stream(exchange.lines)
         except (ValueError, KeyError, TypeError) as e:
             error = f"unreadable stream: {e}"
-    return RequestRecord(exchange.model, exchange.start, tuple(tokens), prompt_tokens, error)
+    return RequestRecord(exchange.model, exchange.start, tuple(tokens), prompt_tokens, error, exchange.lag)
 
 
 def parse_stream(lines: Iterable[tuple[float, bytes]]) -> tuple[list[tuple[float, int]], int]:

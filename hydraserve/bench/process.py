@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from hydraserve.config import KEY_VARIABLES
 from hydraserve.errors import EngineError
 
 # An engine start takes about a minute on two cores, several when the machine is busy.
@@ -27,6 +28,9 @@ HURRY_S = 1.0
 # ours runs in it (with HYDRASERVE_PLUGIN=0), not even the command line.
 HYDRASERVE = ("-m", "hydraserve.cli.main", "serve")
 VLLM = ("-m", "vllm.entrypoints.openai.api_server")
+
+# Variables of a server that only its starter talks to: with the user's own keys it would refuse that one.
+NO_KEYS = dict.fromkeys(KEY_VARIABLES, "")
 
 
 def free_port() -> int:
@@ -105,13 +109,15 @@ class ServerProcess:
         hurry_s: the second signal, on which a server ends at once, comes after so many seconds; None: never.
         """
         assert self.process is not None
-        for seconds in (timeout_s,) if hurry_s is None else (hurry_s, timeout_s):
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            for seconds in (timeout_s,) if hurry_s is None else (hurry_s, timeout_s):
+                if self.process.poll() is None:
+                    self.process.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self.process.wait(seconds)
+        finally:  # after a second Ctrl-C too: nobody else would end it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
     def log_tail(self, lines: int = 30) -> str:

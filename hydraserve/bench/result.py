@@ -37,6 +37,22 @@ class CellRuns:
         self.errors.append(list(errors))
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A cell that is not measured, and why."""
+
+    arm: Arm
+    load: Load
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.arm.label} at {self.load.label}: {self.why}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"arm": self.arm.name, "label": self.arm.label, "load": _load(self.load), "why": self.why}
+
+
 @dataclass
 class Result:
     """about: whatever says what was measured and where. baseline: name of the arm that ratios are to."""
@@ -44,6 +60,7 @@ class Result:
     about: dict[str, Any]
     baseline: str | None = None
     cells: list[CellRuns] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
     servers: dict[str, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
     stopped_by: str | None = None
@@ -62,6 +79,7 @@ class Result:
             **self.about,
             "baseline": self.baseline,
             "servers": self.servers,
+            "left_out": [item.to_json() for item in self.left_out],
             "cells": [self._cell(cell) for cell in self.cells if cell.metrics],
         }
 
@@ -78,7 +96,7 @@ class Result:
             "shape": arm.shape,
             "server": arm.server,
             "adapters": arm.adapters,
-            "load": {"concurrency": load.concurrency, "rate": load.rate, "burstiness": load.burstiness},
+            "load": _load(load),
             "over_repeats": over_repeats(cell.metrics),
             "ratios": self._ratios(cell),
             "runs": runs,
@@ -91,6 +109,10 @@ class Result:
             return {}
         ratios = {name: paired_ratio(cell.metrics, base.metrics, name) for name in RATIOS}
         return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+
+
+def _load(load: Load) -> dict[str, float | None]:
+    return {"concurrency": load.concurrency, "rate": load.rate, "burstiness": load.burstiness}
 
 
 def save(result: Mapping[str, Any], path: Path) -> None:

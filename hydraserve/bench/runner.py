@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydraserve.bench.arms import REFERENCE_LARGEST_BATCH, Arm, Comparison, ServerSpec
-from hydraserve.bench.process import HYDRASERVE, VLLM, ServerProcess
+from hydraserve.bench.arms import Comparison, ServerSpec
+from hydraserve.bench.cells import choose_cells, turns
+from hydraserve.bench.process import HYDRASERVE, NO_KEYS, VLLM, ServerProcess
 from hydraserve.bench.result import CellRuns, Result
-from hydraserve.bench.scrape import Scrape, scrape
 from hydraserve.bench.stats import Metrics, RequestRecord, Slo, run_metrics
 from hydraserve.bench.targets import HttpTarget, ReferenceTarget, Target
-from hydraserve.bench.usage import Neighbours, memory
+from hydraserve.bench.usage import Neighbours, gpu_memory, memory, reset_peak
 from hydraserve.bench.workload import Load, Request, Workload
 from hydraserve.errors import EngineError
 
 WARMUP_TOKENS = 8
 ERRORS_KEPT = 3  # of each run, in the result file
+LOADS = "hydraserve_adapter_loads"  # counter of the server: adapters put into host memory or a slot
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,12 @@ class Runner:
         self.targets: dict[str, Target] = {}
 
     def run(self) -> None:
-        """Measure everything; sets result.complete at the end. Raises EngineError; Ctrl-C comes through."""
-        cells = self.cells(self.comparison.arms)
+        """Measure everything; sets result.complete at the end. Raises EngineError, and ConfigError before a server is
+        started when there is nothing to compare; Ctrl-C comes through."""
+        settings = self.settings
+        cells, self.result.left_out = choose_cells(
+            self.comparison.arms, settings.loads, settings.count, self.workload.popularity
+        )
         self.result.cells = cells
         self.progress.begin(len(cells) * self.settings.repeats)
         if self.settings.together:
@@ -102,11 +107,6 @@ class Runner:
                     self.measure([cell for cell in cells if cell.arm.server == spec.name])
         self.result.complete = True
 
-    def cells(self, arms: Iterable[Arm]) -> list[CellRuns]:
-        """Load by load, so that the runs that are compared follow one another."""
-        arms = list(arms)
-        return [CellRuns(arm, load) for load in self.settings.loads for arm in arms if worthwhile(arm, load)]
-
     def start(self, spec: ServerSpec, stack: ExitStack) -> None:
         """Start a server (or find it running) and note what it says of itself."""
         self.progress.note(f"starting {spec.name}")
@@ -119,19 +119,19 @@ class Runner:
             "arguments": _without_paths(spec.arguments),
             "start_s": round(time.monotonic() - begin, 1),
         }
-        if target.url is not None:
-            facts["kv_cache_tokens"] = scrape(target.url).kv_tokens
+        if (kv_tokens := target.scrape().kv_tokens) is not None:
+            facts["kv_cache_tokens"] = kv_tokens
         if target.leader is not None:
             facts |= {"idle_memory_bytes": memory(target.leader).pss, **engine_facts(log)}
         self.result.servers[spec.name] = facts
 
     def measure(self, cells: Sequence[CellRuns]) -> None:
-        """Warm up every cell, then repeat by repeat all of them in turn."""
+        """Warm up every cell, then repeat by repeat all of them in turn, see `turns`."""
         for cell in cells:
             self.progress.note(f"warming up {cell.arm.label}, {cell.load.label}")
             self.warm_up(cell)
         for repeat in range(self.settings.repeats):
-            for cell in cells:
+            for cell in turns(cells, repeat):
                 self.progress.note(f"repeat {repeat + 1}: {cell.arm.label}, {cell.load.label}")
                 self.measure_once(cell, self.settings.seed + repeat)
                 self.progress.run_done()
@@ -142,8 +142,10 @@ class Runner:
         _refuse_failures(cell, self.drive(cell, self.warmup_requests(cell)))
 
     def warmup_requests(self, cell: CellRuns) -> list[Request]:
-        """Every adapter once and the cell's whole concurrency, with prompts of no measured run, and short answers."""
-        count = max(len(cell.arm.models), cell.load.concurrency or 1)
+        """As many for every arm under a load: each adapter of the largest once, and the whole concurrency. With prompts
+        of no measured run, and short answers."""
+        most = max(len(other.arm.models) for other in self.result.cells if other.load == cell.load)
+        count = max(most, cell.load.concurrency or 1)
         workload = replace(self.workload, popularity="distinct")
         requests = workload.requests(count, cell.arm.models, cell.load, self.settings.seed + self.settings.repeats)
         return [replace(r, at=0.0, output_tokens=min(r.output_tokens, WARMUP_TOKENS)) for r in requests]
@@ -157,31 +159,23 @@ class Runner:
         target = self.targets[cell.arm.server]
         self.warm_up(cell)
         requests = self.workload.requests(self.settings.count(cell.load), cell.arm.models, cell.load, seed)
-        before = scrape(target.url) if target.url else Scrape()
+        before = target.scrape()
+        if target.leader is not None:
+            reset_peak(target.leader)
         neighbours = Neighbours(target.leader) if target.leader else None
         records = self.drive(cell, requests)
         metrics = run_metrics(records, self.settings.slo)
         metrics["other_processes_cpu_share"] = neighbours.share() if neighbours else None
         metrics |= _memory_metrics(target)
-        counters = scrape(target.url).since(before) if target.url else {}
+        after = target.scrape()
+        counters = after.since(before)
+        if LOADS in after.counters:
+            metrics["adapter_loads"] = counters.get(LOADS, 0.0)
         errors = [record.error for record in records if record.error is not None]
         cell.add(metrics, counters, errors[:ERRORS_KEPT])
 
     def drive(self, cell: CellRuns, requests: Sequence[Request]) -> list[RequestRecord]:
         return self.targets[cell.arm.server].run(requests, cell.load, self.progress.request_done)
-
-
-def worthwhile(arm: Arm, load: Load) -> bool:
-    """Whether a cell says something that no other does.
-
-    More adapters than requests in the batch are the cell with fewer adapters again, and the reference is not measured
-    beyond REFERENCE_LARGEST_BATCH, nor in an open loop, which it has no queue for.
-    """
-    if load.concurrency is None:
-        return arm.kind != "reference"
-    if arm.kind == "reference" and load.concurrency > REFERENCE_LARGEST_BATCH:
-        return False
-    return arm.adapters <= max(1, load.concurrency)
 
 
 def engine_facts(log: Path) -> dict[str, str]:
@@ -195,17 +189,17 @@ def engine_facts(log: Path) -> dict[str, str]:
 
 def _target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> AbstractContextManager[Target]:
     if spec.kind == "reference":
-        return ReferenceTarget(spec.arguments, spec.adapters, log)
+        return ReferenceTarget(spec.arguments, spec.adapters, log, env)
     return _http_target(spec, log, env)
 
 
 @contextmanager
 def _http_target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> Iterator[Target]:
     if spec.url is not None:
-        yield HttpTarget(spec.url, None)
+        yield HttpTarget(spec.url, None, spec.key)
         return
     ours = spec.kind == "hydraserve"
-    env = {**env, "HYDRASERVE_PLUGIN": "1" if ours else "0", "VLLM_NO_USAGE_STATS": "1"}
+    env = {**env, **NO_KEYS, "HYDRASERVE_PLUGIN": "1" if ours else "0", "VLLM_NO_USAGE_STATS": "1"}
     with ServerProcess(spec.arguments, log, env, command=HYDRASERVE if ours else VLLM) as server:
         assert server.process is not None
         yield HttpTarget(server.url, server.process.pid)
@@ -214,8 +208,9 @@ def _http_target(spec: ServerSpec, log: Path, env: Mapping[str, str]) -> Iterato
 def _memory_metrics(target: Target) -> Metrics:
     if target.leader is None:
         return {}
-    now = memory(target.leader)
-    return {"memory_pss_bytes": float(now.pss), "memory_peak_bytes": float(now.peak)}
+    now, gpu = memory(target.leader), gpu_memory(target.leader)
+    metrics: Metrics = {"memory_pss_bytes": float(now.pss), "run_peak_bytes": float(now.peak)}
+    return metrics if gpu is None else metrics | {"gpu_memory_bytes": float(gpu)}
 
 
 def _refuse_failures(cell: CellRuns, records: Sequence[RequestRecord]) -> None:

@@ -24,17 +24,24 @@ class Scrape:
         return {name: value for name, value in moved.items() if value}
 
 
-def scrape(url: str) -> Scrape:
-    """Read `url`/metrics; empty when the server has none."""
+def key_header(key: str | None) -> dict[str, str]:
+    """What a request shows of a server's key; nothing without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def scrape(url: str, key: str | None = None) -> Scrape:
+    """Read `url`/metrics; empty when the server has none, or what is there are none (a proxy's page, say)."""
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}/metrics", headers=key_header(key)), timeout=30
+        ) as response:
             return parse(response.read().decode())
-    except (urllib.error.URLError, OSError):
+    except (urllib.error.URLError, OSError, ValueError):
         return Scrape()
 
 
 def parse(text: str) -> Scrape:
-    """Prometheus text -> Scrape."""
+    """Prometheus text -> Scrape. Raises ValueError for another text."""
     counters: dict[str, float] = {}
     kv_tokens = None
     for family in text_string_to_metric_families(text):

@@ -22,10 +22,11 @@ class RequestRecord:
     """One request as its client saw it; times in seconds on one monotonic clock.
 
     model:         the name it asked for.
-    start:         when it was sent.
+    start:         when it was sent; under an open loop, when it was due.
     tokens:        (time, output tokens so far) for each arrival that brought new ones.
     prompt_tokens: as the server counted them.
     error:         why it failed, or None. What a failed request had received so far counts nowhere.
+    lag:           open loop: how many seconds after `start` it was really sent.
     """
 
     model: str
@@ -33,6 +34,7 @@ class RequestRecord:
     tokens: tuple[tuple[float, int], ...] = ()
     prompt_tokens: int = 0
     error: str | None = None
+    lag: float | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -45,7 +47,7 @@ class RequestRecord:
 
     @property
     def ttft(self) -> float:
-        """Seconds from sending to the first token."""
+        """Seconds from `start` to the first token."""
         return self.tokens[0][0] - self.start
 
     @property
@@ -56,7 +58,7 @@ class RequestRecord:
 
     @property
     def latency(self) -> float:
-        """Seconds from sending to the last token."""
+        """Seconds from `start` to the last token."""
         return self.end - self.start
 
     def gaps(self) -> list[float]:
@@ -118,6 +120,9 @@ def run_metrics(records: Sequence[RequestRecord], slo: Slo | None = None) -> Met
     metrics["requests_per_s"] = _rate(float(len(done)), duration)
     if slo is not None:
         metrics["goodput_per_s"] = _rate(float(sum(slo.met_by(record) for record in records)), duration)
+    lags = [record.lag for record in records if record.lag is not None]
+    if lags:
+        metrics["send_lag_ms.max"] = 1e3 * max(lags)
     metrics |= distribution("ttft_ms", [1e3 * r.ttft for r in done])
     metrics |= distribution("tpot_ms", [1e3 * tpot for r in done if (tpot := r.tpot) is not None])
     metrics |= distribution("itl_ms", [1e3 * gap for r in done for gap in r.gaps()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from hydraserve.bench.arms import BASE
 from hydraserve.bench.client import drive
+from hydraserve.bench.scrape import Scrape, scrape
 from hydraserve.bench.stats import RequestRecord
 from hydraserve.bench.workload import Load, Request
 from hydraserve.errors import EngineError
@@ -21,39 +23,44 @@ STOP_TIMEOUT_S = 30.0
 
 
 class Target(Protocol):
-    """url: where its metrics are, None when it has none. leader: the process whose session is its own, None when it
-    was started by somebody else."""
+    """leader: the process whose session is its own, None when it was started by somebody else."""
 
     @property
-    def url(self) -> str | None: ...
-    @property
     def leader(self) -> int | None: ...
+
+    def scrape(self) -> Scrape:
+        """What it says of itself; empty when it says nothing."""
 
     def run(self, requests: Sequence[Request], load: Load, on_done: Callable[[], None]) -> list[RequestRecord]:
         """Serve the requests; calls on_done after each."""
 
 
 class HttpTarget:
-    """An OpenAI-compatible server."""
+    """An OpenAI-compatible server. key: what it asks for, if anything."""
 
-    def __init__(self, url: str, leader: int | None) -> None:
-        self.url, self.leader = url, leader
+    def __init__(self, url: str, leader: int | None, key: str | None = None) -> None:
+        self.url, self.leader, self.key = url, leader, key
+
+    def scrape(self) -> Scrape:
+        return scrape(self.url, self.key)
 
     def run(self, requests: Sequence[Request], load: Load, on_done: Callable[[], None]) -> list[RequestRecord]:
-        return drive(self.url, requests, load, on_done)
+        return drive(self.url, requests, load, on_done, self.key)
 
 
 class ReferenceTarget:
     """`hydraserve.bench.reference` in its own process: one adapter at a time, the requests of one adapter in batches.
 
+    env: variables added to this process's own.
+
     Use as a context manager. Raises EngineError, with the end of the log, when the process fails.
     """
 
-    url: str | None = None
-
-    def __init__(self, arguments: Sequence[str], adapters: Mapping[str, Path], log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], adapters: Mapping[str, Path], log: Path, env: Mapping[str, str] | None = None
+    ) -> None:
         self.arguments = [*arguments, *(x for name, path in adapters.items() for x in ("--adapter", f"{name}={path}"))]
-        self.log = log
+        self.log, self.env = log, dict(env or {})
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ReferenceTarget:
@@ -64,6 +71,7 @@ class ReferenceTarget:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env={**os.environ, **self.env},
                 start_new_session=True,
             )
         try:
@@ -87,6 +95,9 @@ class ReferenceTarget:
     @property
     def leader(self) -> int | None:
         return self._process.pid if self._process else None
+
+    def scrape(self) -> Scrape:
+        return Scrape()
 
     def run(self, requests: Sequence[Request], load: Load, on_done: Callable[[], None]) -> list[RequestRecord]:
         """All requests wait from the start, `load.concurrency` of them at a time; each group of one adapter and one

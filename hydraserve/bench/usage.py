@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 # Fields of /proc/PID/stat after the command's closing parenthesis (proc(5) counts from 1, and these from field 3).
-_SESSION, _UTIME, _STIME = 3, 11, 12
+_STATE, _SESSION, _UTIME, _STIME = 0, 3, 11, 12
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Memory:
     pss:       now, pages that several processes share counted once.
     allocated: the part of pss that no file stands behind: what the processes asked for. Only this can leak; the rest
                also changes when another program that maps the same libraries starts or ends.
-    peak:      the largest resident size each process ever had, added up; shared pages count in each.
+    peak:      the largest resident size each process had since it started or since `reset_peak`, added up; shared
+               pages count in each.
     """
 
     pss: int
@@ -30,7 +33,9 @@ class Memory:
 def session_processes(leader: int) -> list[int]:
     """The living processes of the session that `leader` started (see ServerProcess)."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    return [pid for pid in pids if (stat := _stat(pid)) and int(stat[_SESSION]) == leader]
+    stats = {pid: stat for pid in pids if (stat := _stat(pid))}
+    # A zombie has ended, and waits for a parent (in a container, for a first process) to take note of it.
+    return [pid for pid, stat in stats.items() if int(stat[_SESSION]) == leader and stat[_STATE] != "Z"]
 
 
 def memory(leader: int) -> Memory:
@@ -41,6 +46,27 @@ def memory(leader: int) -> Memory:
         allocated += _kib(pid, "smaps_rollup", "Pss_Anon:") + _kib(pid, "smaps_rollup", "Pss_Shmem:")
         peak += _kib(pid, "status", "VmHWM:")
     return Memory(pss * 1024, allocated * 1024, peak * 1024)
+
+
+def reset_peak(leader: int) -> None:
+    """Let Memory.peak of a session begin anew. Where the kernel does not let us, it goes on from before."""
+    for pid in session_processes(leader):
+        with contextlib.suppress(OSError):  # ended, or another user's
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def gpu_memory(leader: int) -> int | None:
+    """Bytes of GPU memory of a whole session; None where nvidia-smi knows none of its processes: without a GPU, and in
+    containers that do not share the host's process ids."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        used = [(int(pid), int(mib)) for pid, mib in (line.split(",") for line in listed.splitlines())]
+    except (OSError, subprocess.SubprocessError, ValueError):  # "[N/A]", or no driver
+        return None
+    ours = set(session_processes(leader))
+    found = [mib << 20 for pid, mib in used if pid in ours]
+    return sum(found) if found else None
 
 
 def processor_seconds(leader: int) -> float:

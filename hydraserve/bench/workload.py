@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,9 @@ class Load:
     burstiness: float = 1.0
 
     def __post_init__(self) -> None:
-        if (self.concurrency is None) == (self.rate is None) or min(self.value, self.burstiness) <= 0:
+        if (self.concurrency is None) == (self.rate is None) or not (
+            0 < self.value < math.inf and 0 < self.burstiness < math.inf  # neither for a NaN
+        ):
             raise ConfigError(
                 what="load",
                 got=f"concurrency {self.concurrency}, rate {self.rate}, burstiness {self.burstiness}",
@@ -151,9 +154,14 @@ def assign_models(popularity: str, count: int, models: Sequence[str], seed: int)
 
 
 def arrivals(rate: float, burstiness: float, count: int, rng: np.random.Generator) -> list[float]:
-    """`count` times in seconds, from 0, with gamma distributed intervals of mean 1 / rate."""
-    intervals = rng.gamma(shape=burstiness, scale=1.0 / (rate * burstiness), size=count)
-    return [float(t) for t in np.cumsum(intervals) - intervals[0]]
+    """`count` times in seconds, from 0, with gamma distributed intervals, scaled so that their mean is 1 / rate.
+
+    Unscaled, 40 requests come at anything from 0.7 to 1.4 times the rate, by chance, and say so of the server.
+    """
+    intervals = rng.gamma(shape=burstiness, size=count)
+    times = np.cumsum(intervals) - intervals[0]
+    span = times[-1] or 1.0  # 0: a single request
+    return [float(t) for t in times / span * (count - 1) / rate]
 
 
 def read_sharegpt(path: Path, tokenizer: Any) -> tuple[tuple[tuple[int, ...], int], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -22,6 +23,9 @@ HELP = "measure what adapters cost against the same engine without them"
 PASSES_THROUGH = True  # flags that are not ours go to every server
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells give it
+
+# Flags about servers that are started here.
+STARTED_ONLY = ("--adapter", "--shape", "--target-modules", "--slots", "--arms", "--reference", "--one-at-a-time")
 
 EPILOG = """\
 Every other flag goes to all servers alike (--dtype, --enforce-eager, --max-model-len ...). Defaults that are not
@@ -62,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", action="store_true", help="also the authors' per-head computation in Hugging Face transformers"
     )
     what.add_argument("--url", help="measure this running server instead of starting any")
+    what.add_argument(
+        "--api-key", metavar="KEY", help="of that server; better given as HYDRASERVE_API_KEY or OPENAI_API_KEY"
+    )
     _add_workload(parser)
     _add_measurement(parser)
 
@@ -72,7 +79,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rate", help="open loop instead: requests that arrive per second, a list")
     group.add_argument("--burstiness", type=float, default=1.0, help="of arrivals: 1 is Poisson, less is burstier")
     group.add_argument("--waves", type=int, default=2, help="closed loop: requests per client (default: %(default)s)")
-    group.add_argument("--requests", type=int, default=64, help="open loop: requests per run (default: %(default)s)")
+    group.add_argument("--requests", type=int, default=200, help="open loop: requests per run (default: %(default)s)")
     group.add_argument("--input-len", default="32", help="prompt tokens, or a range 16-64 (default: %(default)s)")
     group.add_argument("--output-len", default="64", help="answer tokens, or a range (default: %(default)s)")
     group.add_argument("--dataset", type=Path, help="take prompts and lengths from a file in ShareGPT's form")
@@ -102,6 +109,7 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from hydraserve.bench.result import load
+    from hydraserve.cli.signals import terminable
 
     if args.show is not None:
         _refuse(args.passthrough, "--show measures nothing")
@@ -109,38 +117,78 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.model:
         raise ConfigError("--model", "nothing", "a base model", "hydraserve bench --model demo")
-    with tempfile.TemporaryDirectory(prefix="hydraserve-bench-") as folder:
+    with terminable(), tempfile.TemporaryDirectory(prefix="hydraserve-bench-") as folder:
         return measure(args, Path(folder))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> int:
-    """Set everything up, run it, print it. 0, or INTERRUPTED with a partial result."""
+    """Set everything up, run it, print it. 0, or with a partial result the status that shells give."""
     from hydraserve.bench.progress import BarProgress
     from hydraserve.bench.result import Result, save
     from hydraserve.bench.runner import Runner
+    from hydraserve.cli.signals import Terminated
 
+    check_combinations(args)
     workload, loads = read_workload(args)
+    settings = read_settings(args, loads, folder)
     engine_flags = [] if args.url else default_flags(args, workload, loads)
     comparison = read_comparison(args, engine_flags, folder)
-    settings = read_settings(args, loads, folder)
     result = Result(_about(args, workload, settings, engine_flags), comparison.baseline)
 
     def keep() -> None:
         if args.output is not None:
             save(result.to_json(), args.output)
 
+    status = 0
     with BarProgress() as progress:
         try:
             Runner(comparison, workload, settings, result, progress, keep).run()
         except KeyboardInterrupt:
-            result.stopped_by = "Ctrl-C"
+            result.stopped_by, status = "Ctrl-C", INTERRUPTED
+        except Terminated as e:
+            result.stopped_by, status = e.name, e.status
         except BaseException as e:
             result.stopped_by = type(e).__name__
             raise
         finally:
             keep()
     _print(result.to_json(), args)
-    return 0 if result.complete else INTERRUPTED
+    return status
+
+
+def check_combinations(args: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that would do nothing, or make a comparison unfair."""
+    if args.url:
+        _refuse(args.passthrough, "the server of --url runs already")
+        for flag in STARTED_ONLY:
+            if getattr(args, flag.lstrip("-").replace("-", "_")) != _defaults(flag):
+                raise ConfigError(flag, "given", "not with --url, which measures what runs there", "leave it out")
+    elif args.api_key:
+        raise ConfigError("--api-key", "given", "only with --url: servers started here have no key", "leave it out")
+    varied = args.dataset is not None or any("-" in text for text in (args.input_len, args.output_len))
+    if varied and "reference" in read_kinds(args):
+        raise ConfigError(
+            what="reference",
+            got="requests of different lengths, of which transformers would take each alone",
+            expected="one length, so that it can batch them",
+            fix="--input-len and --output-len without a range and no --dataset, or leave the reference out",
+        )
+
+
+def _defaults(flag: str) -> Any:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.get_default(flag.lstrip("-").replace("-", "_"))
+
+
+def read_kinds(args: argparse.Namespace) -> list[str]:
+    """The kinds of arms. Raises ConfigError."""
+    from hydraserve.bench.arms import KINDS
+
+    kinds = [*args.arms.split(","), *(["reference"] if args.reference else [])]
+    if unknown := set(kinds) - set(KINDS):
+        raise ConfigError("--arms", ", ".join(sorted(unknown)), ", ".join(KINDS), "choose of these")
+    return kinds
 
 
 def read_workload(args: argparse.Namespace) -> tuple[Workload, list[Load]]:
@@ -167,19 +215,17 @@ def read_workload(args: argparse.Namespace) -> tuple[Workload, list[Load]]:
 
 def read_comparison(args: argparse.Namespace, engine_flags: Sequence[str], folder: Path) -> Comparison:
     """The servers and the arms. Raises ConfigError."""
-    from hydraserve.bench.arms import KINDS, Plan, compare, running_server
+    from hydraserve.bench.arms import Plan, compare, running_server
     from hydraserve.bench.models import served_models
+    from hydraserve.config import inference_key
     from hydraserve.engine.options import legal_max_rank
     from hydraserve.models import base_shapes, resolve_model
 
     counts = sorted({int(n) for n in numbers(args.adapters, "--adapters", int)})
     if args.url:
-        _refuse(args.passthrough, "the server of --url runs already")
-        base, adapters = served_models(args.url)
-        return running_server(args.url, base, adapters, counts)
-    kinds = [*args.arms.split(","), *(["reference"] if args.reference else [])]
-    if unknown := set(kinds) - set(KINDS):
-        raise ConfigError("--arms", ", ".join(sorted(unknown)), ", ".join(KINDS), "choose of these")
+        key = args.api_key or inference_key()
+        base, adapters = served_models(args.url, key)
+        return running_server(args.url, base, adapters, counts, key)
     shapes = read_shapes(args)
     if shapes[0].folders:
         given = len(shapes[0].folders)
@@ -190,7 +236,7 @@ def read_comparison(args: argparse.Namespace, engine_flags: Sequence[str], folde
         base_shapes=base_shapes(model),
         shapes=shapes,
         counts=counts,
-        kinds=kinds,
+        kinds=read_kinds(args),
         engine_flags=engine_flags,
         vllm_rank=legal_max_rank,
         folder=folder / "adapters",
@@ -226,9 +272,10 @@ def read_settings(args: argparse.Namespace, loads: Sequence[Load], folder: Path)
     from hydraserve.bench.runner import Settings
     from hydraserve.bench.stats import Slo
 
-    for flag in ("repeats", "waves", "requests"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag}", getattr(args, flag), "at least 1", "raise it")
+    for flag, least in (("repeats", 1), ("waves", 1), ("requests", 1), ("slots", 1), ("seed", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ConfigError(f"--{flag}", value, f"at least {least}", "raise it")
     logs = args.logs or folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     # `hydraserve serve` lets its engine start with this library; vLLM's own arms get it too, or they would be slower.
@@ -252,6 +299,7 @@ def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[
     import torch
 
     from hydraserve.bench.capacity import kv_bytes_per_token
+    from hydraserve.cli.serve import dtype_bytes
     from hydraserve.models import resolve_model
     from hydraserve.models.shapes import skeleton
 
@@ -259,9 +307,8 @@ def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[
     named = {flag.partition("=")[0].replace("_", "-") for flag in given if flag.startswith("--")}
     batch = max((load.concurrency or 0 for load in loads), default=0) or 64
     tokens = -(-workload.longest // 128) * 128  # vLLM's largest default block
-    dtype_bytes = 4 if "float32" in given else 2
     config = skeleton(resolve_model(args.model)).config
-    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(config, dtype_bytes))
+    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(config, dtype_bytes(given)))
     defaults = {
         "--max-num-seqs": [str(batch)],
         "--max-model-len": [str(tokens)],
@@ -281,7 +328,7 @@ def numbers(text: str, flag: str, kind: type[int] | type[float]) -> list[float]:
     """ "1,8,32". Raises ConfigError."""
     try:
         values: list[float] = [kind(part) for part in text.split(",")]
-        if min(values) <= 0:
+        if not all(0 < value < math.inf for value in values):  # nor a NaN
             raise ValueError(text)
     except ValueError as e:
         raise ConfigError(flag, repr(text), "positive numbers with commas between", f"for example {flag} 1,8") from e

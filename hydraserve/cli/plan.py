@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--utilization", type=float, help="share of --memory to use (default: 0.9)")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="(default: the model's own)")
-    parser.add_argument("--max-model-len", type=int, help="to tell how many requests of this length fit")
+    parser.add_argument("--max-model-len", type=int, help="tokens of the longest request (default: the model's)")
     parser.add_argument("--json", action="store_true", help="print numbers for a program")
     parser.add_argument(
         "--check", action="store_true", help="start the server with these flags and compare with what it takes"
@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
     wish = read_wish(args)
     model = resolve_model(args.model)
     plan = MemoryPlan(BaseSize.of(model, wish.dtype_bytes), wish)
-    checked = check(model, plan) if args.check and plan.kv_tokens else []
+    checked = check(model, plan) if args.check and plan.fits else []
     if args.json:
         print(json.dumps(as_json(plan, args.model, checked), indent=1))
     else:
-        show(plan, args.model, args.max_model_len, checked)
-    return 0 if plan.kv_tokens and all(line.agrees for line in checked) else FAILURE
+        show(plan, args.model, checked)
+    return 0 if plan.fits and all(line.agrees for line in checked) else FAILURE
 
 
 def read_wish(args: argparse.Namespace) -> Wish:
@@ -78,7 +78,7 @@ def read_wish(args: argparse.Namespace) -> Wish:
 
     from hydraserve.bench.capacity import CPU_UTILIZATION, GPU_UTILIZATION, Wish
 
-    for flag in ("rank", "heads", "adapters", "concurrency", "slots", "tensor_parallel_size"):
+    for flag in ("rank", "heads", "adapters", "concurrency", "slots", "tensor_parallel_size", "max_model_len"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag.replace('_', '-')}", value, "at least 1", "raise it")
@@ -95,6 +95,7 @@ def read_wish(args: argparse.Namespace) -> Wish:
         concurrency=args.concurrency,
         slots=args.slots,
         targets=tuple(args.target_modules.split(",")) if args.target_modules else None,
+        max_model_len=args.max_model_len,
         dtype=args.dtype,
         tensor_parallel=args.tensor_parallel_size,
         utilization=utilization,
@@ -109,12 +110,13 @@ def this_device() -> Any:
 
 
 def memory_of(device: str) -> int:
-    """Bytes of this machine's memory, or of its first GPU. Raises ConfigError when there is none."""
-    import os
+    """Bytes that this machine or container has, or its first GPU. Raises ConfigError when there is none."""
     import subprocess
 
+    from hydraserve.models.memory import host_memory
+
     if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory()
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -134,12 +136,13 @@ def parse_bytes(text: str, flag: str) -> int:
 def check(model: str, plan: MemoryPlan) -> list[Checked]:
     """Start the server as planned and compare."""
     from hydraserve.bench.check import check_plan
+    from hydraserve.cli.signals import terminable
 
-    with tempfile.TemporaryDirectory(prefix="hydraserve-plan-") as folder:
+    with terminable(), tempfile.TemporaryDirectory(prefix="hydraserve-plan-") as folder:
         return check_plan(model, plan, Path(folder))
 
 
-def show(plan: MemoryPlan, model: str, max_model_len: int | None, checked: list[Checked]) -> None:
+def show(plan: MemoryPlan, model: str, checked: list[Checked]) -> None:
     """The plan as a table, the command, and what the check found."""
     from rich import box
     from rich.console import Console
@@ -156,8 +159,14 @@ def show(plan: MemoryPlan, model: str, max_model_len: int | None, checked: list[
     if not plan.kv_tokens:
         console.print("does NOT fit: nothing is left for the KV cache; take fewer --slots, or more --memory")
         return
-    requests = f", {plan.kv_tokens / max_model_len:.1f} requests of {max_model_len} tokens" if max_model_len else ""
-    console.print(f"KV cache: {plan.kv_tokens:,} tokens of {size(plan.kv_token)}{requests}")
+    requests = f"{plan.requests:.1f} requests of {plan.max_model_len} tokens"
+    console.print(f"KV cache: {plan.kv_tokens:,} tokens of {size(plan.kv_token)}, {requests}")
+    if not plan.fits:
+        console.print(
+            f"does NOT fit: vLLM wants room for one request of that length; take --max-model-len of at most "
+            f"{plan.kv_tokens}, fewer --slots, or more --memory"
+        )
+        return
     if plan.max_adapters < wish.adapters:
         waiting = f"{plan.max_adapters} of {wish.adapters} adapters stay in memory"
         console.print(f"{waiting}; the others are read from disk when they are asked for")
@@ -169,13 +178,15 @@ def show(plan: MemoryPlan, model: str, max_model_len: int | None, checked: list[
 def rows(plan: MemoryPlan) -> list[tuple[str, int, int, int]]:
     """name, bytes each, number, bytes together; 0 where there is nothing to say."""
     gpu = plan.wish.device == "gpu"
-    waiting = "waiting adapters" + (" (host memory)" if gpu else "")
+    ranks = plan.wish.tensor_parallel
+    where = f"host memory, {ranks} copies" if ranks > 1 else "host memory"
+    waiting = "waiting adapters" + (f" ({where})" if gpu else "")
     overhead = "context and activations (estimate)" if gpu else "processes (estimate)"
     return [
         ("base weights", 0, 0, plan.weights),
         (overhead, 0, 0, plan.overhead),
         ("slots", plan.slot, plan.slots, plan.slot * plan.slots),
-        (waiting, plan.adapter, plan.max_adapters, plan.host_cache),
+        (waiting, plan.waiting, plan.max_adapters, plan.host_cache),
         ("KV cache", 0, 0, max(0, plan.kv_cache)),
     ]
 
@@ -196,6 +207,8 @@ def as_json(plan: MemoryPlan, model: str, checked: list[Checked]) -> dict[str, A
         "kv_cache": plan.kv_cache,
         "kv_token": plan.kv_token,
         "kv_tokens": plan.kv_tokens,
+        "max_model_len": plan.max_model_len,
+        "fits": plan.fits,
         "flags": plan.flags(),
         "checked": [
             {"name": line.name, "planned": line.planned, "found": line.found, "difference": line.difference}

@@ -51,10 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from hydraserve.cli.route_view import Routing, draw, show
+    from hydraserve.cli.signals import terminable
 
     if args.passthrough and not args.model:
         raise ConfigError("arguments", args.passthrough[0], "flags of hydraserve route", "see hydraserve route --help")
-    with tempfile.TemporaryDirectory(prefix="hydraserve-route-") as folder, server(args, Path(folder)) as started:
+    with (
+        terminable(),
+        tempfile.TemporaryDirectory(prefix="hydraserve-route-") as folder,
+        server(args, Path(folder)) as started,
+    ):
         name = args.adapter
         if started is not None:
             from hydraserve.cli.serve import adapter_source

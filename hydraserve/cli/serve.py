@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = base_shapes(model)
     for summary in summaries:
         check_base(summary, shapes)
-    plan = plan_slots(config, summaries, shapes, 4 if flag_value(passthrough, "--dtype") == "float32" else 2)
+    plan = plan_slots(config, summaries, shapes, dtype_bytes(passthrough))
     check_fits(model, plan.slots * plan.slot_bytes)
     print_summary(config, model, summaries, plan)
     parsed = launch.parse(engine_arguments(config, model, plan, passthrough))
@@ -300,6 +300,11 @@ def flag_value(arguments: Sequence[str], flag: str) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
+
+
+def dtype_bytes(arguments: Sequence[str]) -> int:
+    """Bytes of a number of the dtype that vLLM's arguments ask for; vLLM has two names for float32."""
+    return 4 if flag_value(arguments, "--dtype") in ("float32", "float") else 2
 
 
 def refuse_unsupported(passthrough: Sequence[str]) -> None:

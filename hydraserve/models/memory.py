@@ -50,7 +50,7 @@ def device_memory() -> tuple[str, int | None]:
     import torch
 
     if torch.version.cuda is None:
-        return "the memory of this machine", _host_memory()
+        return "the memory of this machine", host_memory()
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -59,7 +59,7 @@ def device_memory() -> tuple[str, int | None]:
         return "the memory of all GPUs", None
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Bytes of main memory, or of the container's limit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 METRICS = """\
 # TYPE vllm:generation_tokens_total counter
@@ -37,6 +38,13 @@ class FakeServer:
     first_s: float = 0.0
     next_s: float = 0.0
     tokens: int = 0
+    key: str = ""  # asked for, when there is one
+
+    @web.middleware
+    async def check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": {"message": "no key"}}, status=401)
+        return await handler(request)
 
     async def models(self, _: web.Request) -> web.Response:
         cards = [{"id": "base", "parent": None}, {"id": "one", "parent": "base"}, {"id": "two", "parent": "base"}]
@@ -83,32 +91,30 @@ async def send(response: web.StreamResponse, chunk: dict[str, object]) -> None:
 
 @contextmanager
 def serving() -> Iterator[FakeServer]:
-    """A FakeServer on a free port, in a thread of its own."""
-    server = FakeServer()
+    """A FakeServer on a free port, in a thread of its own; its sockets are closed at the end."""
+    server, ready, done = FakeServer(), threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
-    ready = threading.Event()
-
-    async def start() -> None:
-        app = web.Application()
-        app.router.add_post("/v1/completions", server.completions)
-        app.router.add_get("/v1/models", server.models)
-        app.router.add_get("/metrics", server.metrics)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        ready.set()
-
-    def serve() -> None:
-        loop.run_until_complete(start())
-        loop.run_forever()
-
-    thread = threading.Thread(target=serve, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(_serve(server, ready, done),), daemon=True)
     thread.start()
     if not ready.wait(30):
         raise TimeoutError("the fake server did not start")
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(done.set)
         thread.join(30)
+        loop.close()
+
+
+async def _serve(server: FakeServer, ready: threading.Event, done: asyncio.Event) -> None:
+    app = web.Application(middlewares=[server.check_key])
+    app.router.add_post("/v1/completions", server.completions)
+    app.router.add_get("/v1/models", server.models)
+    app.router.add_get("/metrics", server.metrics)
+    runner = web.AppRunner(app, shutdown_timeout=1.0)  # what is still streamed then has lost its reader
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    ready.set()
+    await done.wait()
+    await runner.cleanup()

@@ -21,11 +21,13 @@ from hydraserve.bench.capacity import (
     MemoryPlan,
     Wish,
     adapter_bytes,
+    context_length,
     kv_bytes_per_token,
     packed_slot_bytes,
     stacked_slot_bytes,
     with_merged_partners,
 )
+from hydraserve.errors import ConfigError
 from hydraserve.models import base_shapes
 from hydraserve.models.memory import weight_bytes
 
@@ -110,11 +112,13 @@ def test_base_size_is_read_from_the_checkpoint(tiny_llama: Path) -> None:
     assert BaseSize.of(str(tiny_llama), 4).weights == 2 * size.weights
     config = json.loads((tiny_llama / "config.json").read_text())
     head_dim = config["hidden_size"] // config["num_attention_heads"]
+    assert size.context == config["max_position_embeddings"]
     assert size.kv_token == 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 2
     assert set(size.shapes) == {path for path in base_shapes(str(tiny_llama)) if "lm_head" not in path}
 
 
-BASE = BaseSize(10 * GIB, 1 << 17, {f"{i}.{p}": s for i in range(32) for p, s in SHAPES.items()}, 4096, 14336, 32000)
+LAYERS_32 = {f"{i}.{p}": s for i in range(32) for p, s in SHAPES.items()}
+BASE = BaseSize(10 * GIB, 1 << 17, LAYERS_32, hidden=4096, intermediate=14336, vocabulary=32000, context=4096)
 
 
 def plan(**changes: Any) -> MemoryPlan:
@@ -153,6 +157,52 @@ def test_waiting_adapters_give_way_to_the_memory() -> None:
     assert cpu_plan.max_adapters < 1000
     assert cpu_plan.total == pytest.approx(0.9 * 16 * GIB, abs=1), "on a CPU they wait in the same memory"
     assert cpu_plan.flags()[-2:] == ["--kv-cache-memory-bytes", str(cpu_plan.kv_cache)]
+
+
+def test_each_rank_keeps_its_own_copy_of_a_waiting_adapter() -> None:
+    one, eight = plan(host=64 * GIB), plan(host=64 * GIB, tensor_parallel=8)
+    assert one.waiting == one.adapter == eight.adapter
+    assert eight.waiting == 8 * eight.adapter
+    tight = plan(host=24 * GIB, tensor_parallel=8)
+    assert tight.max_adapters * 8 * tight.adapter <= 12 * GIB < (tight.max_adapters + 1) * 8 * tight.adapter
+    assert tight.host_cache == tight.max_adapters * tight.waiting
+
+
+def test_one_request_of_the_longest_length_has_to_fit() -> None:
+    for length in (None, 4096, 512):
+        made = plan(memory=18 * GIB, max_model_len=length)
+        assert made.max_model_len == (length or 4096), "the model's context"
+        assert made.requests == pytest.approx(made.kv_tokens / made.max_model_len)
+        assert made.fits is (made.kv_tokens >= made.max_model_len)
+    short = next(p for m in range(200) if (p := plan(memory=13 * GIB + m * GIB // 20)).kv_tokens)
+    assert 0 < short.kv_tokens < 4096
+    assert not short.fits
+    assert plan(memory=short.wish.memory, max_model_len=short.kv_tokens).fits
+    assert "--max-model-len 512" in " ".join(plan(max_model_len=512).flags())
+    assert "--max-model-len" not in plan().flags(), "vLLM's default is the context too"
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"targets": ("qproj",)}, r"qproj.*down_proj, gate_proj"),
+        ({"max_model_len": 4097}, "--max-model-len"),
+        ({"device": "cpu", "tensor_parallel": 2}, "--tensor-parallel-size"),
+    ],
+)
+def test_what_would_not_run_is_refused(changes: dict[str, Any], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        plan(**changes)
+
+
+def test_context_is_what_vllm_takes_it_for() -> None:
+    from transformers import LlamaConfig
+
+    stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    inside = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
+    assert context_length(LlamaConfig(max_position_embeddings=1024)) == 1024
+    assert context_length(LlamaConfig(max_position_embeddings=1024, rope_parameters=stretched)) == 4096
+    assert context_length(LlamaConfig(max_position_embeddings=1024, rope_parameters=inside)) == 1024
 
 
 def test_what_does_not_fit_has_no_kv_cache() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from fake_server import FakeServer
@@ -70,8 +71,33 @@ def test_open_loop_sends_at_its_times_whether_or_not_answers_come(fake: FakeServ
     records = drive(fake.url, [request(tokens=2, at=at) for at in (0.0, 0.1, 0.2)], Load(rate=10.0))
     first = records[0].start
     for record, at in zip(records, (0.0, 0.1, 0.2), strict=True):
-        assert at - 0.02 <= record.start - first < at + LATE_S
+        assert record.start - first == pytest.approx(at), "when it was due"
+        assert record.lag is not None
+        assert 0 <= record.lag < LATE_S
     assert fake.most == 3
+
+
+def test_a_late_client_does_not_flatter_the_server(fake: FakeServer) -> None:
+    """The first answer keeps the client busy until long after the second request was due."""
+    busy_s = 1.0
+
+    def busy() -> None:
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < busy_s:
+            pass
+
+    fake.first_s = 0.05
+    early, late = drive(fake.url, [request(tokens=1), request(tokens=1, at=0.5)], Load(rate=2.0), busy)
+    assert late.start - early.start == pytest.approx(0.5)
+    assert late.lag is not None
+    assert late.lag > 0.3
+    assert late.ttft > late.lag + fake.first_s
+    assert run_metrics([early, late])["send_lag_ms.max"] == pytest.approx(1e3 * late.lag)
+
+
+def test_a_closed_loop_has_no_lag(fake: FakeServer) -> None:
+    records = drive(fake.url, [request(tokens=1)], Load(concurrency=1))
+    assert "send_lag_ms.max" not in run_metrics(records)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,42 @@ def test_what_must_be_known_is_said() -> None:
     assert not any(word in good for word in ("PARTIAL", "FAILED", "NOISY"))
 
 
+def test_what_was_left_out_is_said() -> None:
+    why = "8 requests a run cannot ask for 16 adapters in turn"
+    load = {"concurrency": 8, "rate": None, "burstiness": 1.0}
+    items = [{"arm": "x", "label": f"HydraLoRA r{rank}, 16 adapters", "load": load, "why": why} for rank in (8, 16)]
+    text = markdown(result(left_out=items))
+    line = f"NOT MEASURED, as {why}: HydraLoRA r8, 16 adapters (batch 8); HydraLoRA r16, 16 adapters (batch 8)."
+    assert line in text.splitlines()
+    assert "NOT MEASURED" not in markdown(result())
+
+
+def test_servers_one_after_the_other_and_late_requests_are_said() -> None:
+    apart = result(interleaved=False)
+    apart["cells"][1]["runs"][2]["metrics"]["send_lag_ms.max"] = 480.0
+    text = markdown(apart)
+    assert "far apart in time" in text
+    assert "repeat by repeat" not in text
+    assert "LATE: the client sent requests up to 480 ms" in text
+    assert "LATE" not in markdown(result(interleaved=True))
+
+
+def test_loads_peak_and_gpu_memory_are_shown_where_there_are_any() -> None:
+    cell = CellRuns(ONE, Load(concurrency=1))
+    for loads in (2.0, 4.0):
+        cell.add(
+            metrics(10.0) | {"adapter_loads": loads, "run_peak_bytes": 2.0**30, "gpu_memory_bytes": 2.0**31}, {}, []
+        )
+    made = result(cells=Result({}, "off", [cell]).to_json()["cells"])
+    head, _, row = (line.strip("|").split("|") for line in markdown(made).splitlines()[:3])
+    shown = {name.strip(): value.strip() for name, value in zip(head, row, strict=True)}
+    assert shown["loads"] == "3 ±33%"
+    assert (shown["memory"], shown["peak"], shown["GPU memory"]) == ("2.50 GiB", "1.00 GiB", "2.00 GiB")
+    for run in cell.metrics:
+        run["adapter_loads"] = 0.0
+    assert "loads" not in markdown(result(cells=Result({}, "off", [cell]).to_json()["cells"]))
+
+
 def test_open_loop_and_goodput_columns() -> None:
     cell = CellRuns(OFF, Load(rate=2.5))
     cell.add(metrics(10.0) | {"goodput_per_s": 1.25}, {}, [])

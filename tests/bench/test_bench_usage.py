@@ -6,11 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import fake_server
 import pytest
+from fake_server import serving
 
-from hydraserve.bench.scrape import parse
-from hydraserve.bench.usage import Neighbours, machine_seconds, memory, processor_seconds, session_processes
+from hydraserve.bench.scrape import Scrape, parse, scrape
+from hydraserve.bench.usage import (
+    Neighbours,
+    gpu_memory,
+    machine_seconds,
+    memory,
+    processor_seconds,
+    reset_peak,
+    session_processes,
+)
 
 SIZE = 64 << 20
 
@@ -27,6 +38,16 @@ else:
     while time.process_time() < 0.5:
         pass
     print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+# Holds SIZE bytes, lets them go, says so, and waits.
+RELEASES = f"""
+import sys
+block = bytearray(b"x") * {SIZE}
+del block
+print("ready", flush=True)
 sys.stdin.readline()
 """
 
@@ -81,6 +102,36 @@ def test_own_work_is_no_neighbour(leader: int) -> None:
     assert share == pytest.approx(expected, abs=0.05 + 0.04 / (now_total - total))
 
 
+def test_a_peak_is_that_of_the_time_since_its_reset() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", RELEASES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert memory(process.pid).peak > SIZE
+        reset_peak(process.pid)
+        assert memory(process.pid).peak < SIZE
+        process.kill()
+
+
+def test_memory_of_a_gpu_is_read_by_process(leader: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = next(pid for pid in session_processes(leader) if pid != leader)
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for listed, expected in (
+        (f"{leader}, 500\n{child}, 24\n1, 7000\n", 524 << 20),
+        ("1, 7000\n", None),
+        (f"{leader}, [N/A]\n", None),
+        ("", None),
+    ):
+        tool.write_text(f"#!/bin/sh\ncat <<END\n{listed}END\n")
+        tool.chmod(0o755)
+        assert gpu_memory(leader) == expected
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory(leader) is None
+
+
 METRICS = """\
 # TYPE vllm:num_preemptions_total counter
 vllm:num_preemptions_total{engine="0"} 3
@@ -103,3 +154,12 @@ def test_a_scrape_reads_the_servers_counters_and_its_cache() -> None:
     later = parse(METRICS.replace("loads_total 4", "loads_total 6"))
     assert later.since(found) == {"hydraserve_adapter_loads": 2}
     assert parse("").kv_tokens is None
+
+
+def test_a_page_that_holds_no_metrics_is_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="html"):
+        parse("<!doctype html>\n<html>no such page</html>\n")
+    with serving() as fake:
+        assert scrape(fake.url).counters
+        monkeypatch.setattr(fake_server, "METRICS", "<!doctype html>\n<html>no such page</html>\n")
+        assert scrape(fake.url) == Scrape()

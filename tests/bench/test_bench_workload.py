@@ -59,6 +59,12 @@ def test_arrivals_have_the_rate_and_the_burstiness(burstiness: float) -> None:
     assert gaps.std() / gaps.mean() == pytest.approx(burstiness**-0.5, rel=0.05)
 
 
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_few_arrivals_have_the_rate_exactly(count: int) -> None:
+    spans = [arrivals(4.0, 1.0, count, np.random.default_rng(seed))[-1] for seed in range(5)]
+    assert spans == pytest.approx([(count - 1) / 4.0] * 5)
+
+
 def test_popularity() -> None:
     counts = {mix: Counter(assign_models(mix, 4000, MODELS, 0)) for mix in ("identical", "distinct", "uniform", "zipf")}
     assert len(counts["identical"]) == 1
@@ -82,7 +88,11 @@ def test_lengths_are_parsed_and_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    "load", [{}, {"concurrency": 1, "rate": 1.0}, {"concurrency": 0}, {"rate": -1.0}, {"rate": 1.0, "burstiness": 0}]
+    "load",
+    [
+        *({}, {"concurrency": 1, "rate": 1.0}, {"concurrency": 0}, {"rate": -1.0}, {"rate": 1.0, "burstiness": 0}),
+        *({"rate": float("nan")}, {"rate": 1.0, "burstiness": float("nan")}, {"rate": float("inf")}),
+    ],
 )
 def test_bad_loads_are_refused(load: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="load"):

@@ -17,6 +17,7 @@ from hydraserve.bench.workload import Load
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import agreement  # noqa: E402
 import run as benchmarks  # noqa: E402
 import targets  # noqa: E402
 
@@ -78,8 +79,20 @@ def judged(folder: Path, **changes: Any) -> list[str]:
 
 def test_a_target_is_judged_by_the_median_of_paired_ratios(tmp_path: Path) -> None:
     folder = result_file(tmp_path, arm=[10.0, 30.0, 21.0], base=[10.0, 10.0, 10.0])
-    assert judged(folder) == ["t", "8", "at most 2.00", "2.10 [1.00..3.00]", "**missed**"]
-    assert judged(folder, at_least=True)[2:] == ["at least 2.00", "2.10 [1.00..3.00]", "met"]
+    crosses = "range crosses the limit"
+    assert judged(folder) == ["t", "8", "at most 2.00", "2.10 [1.00..3.00]", f"**missed**, {crosses}"]
+    assert judged(folder, at_least=True)[2:] == ["at least 2.00", "2.10 [1.00..3.00]", f"met, {crosses}"]
+    folder = result_file(tmp_path, arm=[21.0, 22.0], base=[10.0, 10.0])
+    assert judged(folder)[4] == "**missed**"
+    assert judged(folder, at_least=True)[4] == "met"
+
+
+def test_clients_agree_when_their_ranges_overlap() -> None:
+    """Not when they lie apart by less than they are wide."""
+    a, b, c = ({"median": m, "min": m - 1, "max": m + 1} for m in (10.0, 11.5, 12.5))
+    assert agreement.overlap(a, a)
+    assert agreement.overlap(a, b)
+    assert not agreement.overlap(a, c)
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:

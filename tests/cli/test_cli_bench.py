@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +34,16 @@ def test_engine_flags_are_given_to_all_and_win_over_defaults(tiny_llama: Path) -
     assert flags[-3:] == ["--dtype", "float32", "--max-model-len=96"]
     assert flags[:3] == ["--no-enable-prefix-caching", "--max-num-seqs", "8"]
     assert "--max-model-len" not in flags, "only as it was given"
+
+
+@pytest.mark.parametrize("dtype", [["--dtype=float32"], ["--dtype", "float"], ["--dtype", "float32"]])
+def test_kv_cache_of_float32_is_twice_as_large(tiny_llama: Path, dtype: list[str]) -> None:
+    def room(*flags: str) -> int:
+        args = parsed("--model", str(tiny_llama), "--batch", "8192", *flags)
+        made = bench.default_flags(args, *bench.read_workload(args))
+        return int(made[made.index("--kv-cache-memory-bytes") + 1])
+
+    assert room(*dtype) == 2 * room("--dtype", "bfloat16") == 2 * room()
 
 
 def test_kv_cache_holds_the_whole_batch(tiny_llama: Path) -> None:
@@ -63,6 +75,19 @@ def test_loads(tiny_llama: Path) -> None:
         (["--model", "TINY", "--slo", "soon"], "--slo"),
         (["--model", "TINY", "--adapters", "-3"], "--adapters"),
         (["--model", "TINY", "--url", "http://127.0.0.1:9", "--enforce-eager"], "--url"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--arms", "off"], "--arms"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--reference"], "--reference"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--adapter", "x"], "--adapter"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--slots", "4"], "--slots"),
+        (["--model", "TINY", "--url", "http://127.0.0.1:9", "--one-at-a-time"], "--one-at-a-time"),
+        (["--model", "TINY", "--api-key", "secret"], "--api-key"),
+        (["--model", "TINY", "--seed", "-5"], "--seed"),
+        (["--model", "TINY", "--slots", "0"], "--slots"),
+        (["--model", "TINY", "--rate", "nan"], "--rate"),
+        (["--model", "TINY", "--rate", "1", "--burstiness", "nan"], "burstiness"),
+        (["--model", "TINY", "--reference", "--output-len", "8-16"], "reference"),
+        (["--model", "TINY", "--target-modules", "qproj"], "--target-modules"),
+        (["--model", "TINY", "--adapters", "16", "--batch", "8", "--waves", "1"], "comparison"),
         (["--show", "missing.json"], "result file"),
     ],
 )
@@ -88,7 +113,7 @@ def test_a_whole_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert result["provenance"]["versions"]["hydraserve"]
     assert result["workload"]["output_len"] == "3"
     assert [(cell["arm"], cell["load"]["concurrency"]) for cell in result["cells"]] == [
-        *(("base-only", 1), ("base-only", 2), ("running-2", 2)),
+        *(("base-only", 1), ("running-2", 1), ("base-only", 2), ("running-2", 2)),
     ]
     assert result["cells"][0]["over_repeats"]["goodput_per_s"]["min"] > 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -96,6 +121,18 @@ def test_a_whole_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "goodput/s" in out
     assert main(["bench", "--show", str(tmp_path / "result.json"), "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| batch | arm |")
+
+
+def test_the_key_of_a_running_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HYDRASERVE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as fake:
+        fake.key = "secret"
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == 1
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1", "--api-key", "secret") == 0
+        assert "secret" not in (tmp_path / "result.json").read_text()
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == 0
 
 
 def test_open_loop_run(tiny_llama: Path, tmp_path: Path) -> None:
@@ -106,8 +143,17 @@ def test_open_loop_run(tiny_llama: Path, tmp_path: Path) -> None:
     assert [run["metrics"]["requests"] for run in result["cells"][0]["runs"]] == [10, 10]
 
 
-def test_ctrl_c_gives_a_partial_result(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("number", "named", "status"), [(signal.SIGINT, "Ctrl-C", bench.INTERRUPTED), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_gives_a_partial_result(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    named: str,
+    status: int,
 ) -> None:
     from hydraserve.bench.runner import Runner
 
@@ -116,14 +162,14 @@ def test_ctrl_c_gives_a_partial_result(
     def stop_in_the_third(self: Runner, *arguments: object) -> None:
         calls.append(arguments)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         measure_once(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Runner, "measure_once", stop_in_the_third)
     with serving() as fake:
-        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == bench.INTERRUPTED
+        assert run(fake, tiny_llama, tmp_path, "--batch", "1") == status
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["complete"] is False
-    assert result["stopped_by"] == "Ctrl-C"
+    assert result["stopped_by"] == named
     assert [len(cell["runs"]) for cell in result["cells"]] == [1, 1]
-    assert "PARTIAL" in capsys.readouterr().out
+    assert f"PARTIAL: stopped by {named}" in capsys.readouterr().out
