@@ -51,6 +51,12 @@ FULL: dict[str, Any] = {
 # What users choose between; each is rendered and checked.
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "CPU": {
+        "image": {"repository": "hydraserve", "tag": "cpu"},
+        "kvCacheBytes": 4 << 30,
+        "resources": {"limits": {"nvidia.com/gpu": None}},
+        "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "50%"},
+    },
     "everything": FULL,
     "several nodes": {**FULL, "multiNode": {"enabled": True, "nodes": 2, "gpusPerNode": 8, "sharedClaim": "shared"}},
 }

@@ -2,7 +2,8 @@
 
     python3 scripts/install.py [--variant auto|cpu|cuda] serve|dev
 
-`serve` is what serving needs, `dev` adds tests, linters and training. When nothing changed since the last time
+`serve` is what serving needs, `dev` adds tests, linters and training, and in a container run by root the
+programs of SYSTEM that tests start (SYSTEM_PACKAGES=no leaves them out). When nothing changed since the last time
 this returns at once. Only the standard library is used: it runs before anything is installed.
 """
 
@@ -16,6 +17,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - this file is run by whatever pyt
 
 import argparse
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -38,6 +40,18 @@ LOCKS = {
     ("cuda", "serve"): ("cuda.txt",),
     ("cuda", "dev"): ("cuda.txt", "dev.txt"),
 }
+# What tests start that is no Python package: what has to be there -> the packages of Debian that it is in.
+SYSTEM = {
+    "/usr/sbin/nginx": ("nginx-light",),
+    "/usr/lib/nginx/modules/ngx_http_js_module.so": ("libnginx-mod-http-js",),
+    "/usr/bin/prometheus": ("prometheus",),
+    "/usr/bin/bwrap": ("bubblewrap",),
+    "/bin/ip": ("iproute2",),
+    "/usr/lib/*/faketime/libfaketimeMT.so.1": ("libfaketime",),
+    "/usr/bin/chromedriver": ("chromium", "chromium-driver"),
+}
+# Where this folder is, packages of servers start them: nginx and Prometheus would come up on somebody's machine.
+SYSTEMD = Path("/run/systemd/system")
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # pip repeats an unreachable index for about a minute; one look of this many seconds tells as much.
 PROBE_SECONDS = 5
@@ -113,6 +127,8 @@ def install(variant: str, profile: str, stamp: dict[str, str]) -> None:
     pip("install", "--no-deps", *(f"--requirement={lock}" for lock in locks))
     pip("install", "--no-deps", "--no-build-isolation", f"--editable={ROOT}")
     done = {"serve", profile}
+    if profile == "dev":
+        install_system(missing_packages())
     fingerprints = {name: fingerprint(variant, name) for name in done}
     STAMP.write_text(json.dumps({"variant": variant, **fingerprints}, indent=1))
     say("done")
@@ -146,6 +162,35 @@ def install_torch(variant: str, lock: Path) -> None:
     say(f"warning: found no {cpu_build}, neither in pip's sources nor at {PYTORCH_CPU_INDEX}")
     say(f"warning: taking torch {version} as pip offers it; on x86-64 that brings gigabytes of CUDA libraries")
     pip("install", f"--constraint={lock}", f"torch=={version}")
+
+
+def missing_packages() -> list[str]:
+    """Debian's packages that tests want and this machine lacks. None where they are not ours to install: we are not
+    root, it is no Debian, it is a machine that runs services and no container, or SYSTEM_PACKAGES=no."""
+    if os.environ.get("SYSTEM_PACKAGES") == "no" or os.geteuid() != 0 or SYSTEMD.exists():
+        return []
+    if shutil.which("apt-get") is None:
+        return []
+    return [package for there, packages in SYSTEM.items() if not glob.glob(there) for package in packages]
+
+
+def install_system(packages: list[str]) -> None:
+    """Without them tests are skipped, and say so: nothing that makes an installation fail."""
+    if not packages:
+        return
+    say(f"installing Debian's packages {' '.join(packages)}, which tests start (SYSTEM_PACKAGES=no leaves them out)")
+    apt_get("update")
+    done = apt_get("install", "--yes", "--no-install-recommends", *packages)
+    if done.returncode != 0:
+        say("warning: apt-get failed, tests that need these packages will be skipped. It says:\n" + done.stdout.strip())
+
+
+def apt_get(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Another apt-get may run at the moment; a mirror that does not answer is not waited for.
+    options = [f"--option={option}" for option in ("DPkg::Lock::Timeout=60", "Acquire::http::Timeout=20")]
+    command = ["apt-get", "--quiet", *options, *arguments]
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def pip_finds(*arguments: str) -> bool:

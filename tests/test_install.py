@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp.json")
+    monkeypatch.setenv("SYSTEM_PACKAGES", "no")
     return module
 
 
@@ -135,6 +137,68 @@ def test_a_failed_install_is_tried_again(install: ModuleType, monkeypatch: pytes
     monkeypatch.setattr(install.sys, "argv", ["install.py", "--variant", "cpu", "serve"])
     assert install.main() == 1
     assert install.read_stamp() == {"variant": "cpu"}
+
+
+@pytest.fixture
+def debian(install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A container run by root, whose apt-get writes down what it is asked for, and lacks two of three packages."""
+    program = tmp_path / "apt-get"
+    program.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\nexit $(cat {tmp_path}/status)\n')
+    program.chmod(0o755)
+    (tmp_path / "status").write_text("0")
+    (tmp_path / "there").touch()
+    wanted = {"there": ("one",), "lacks": ("two", "three"), "*/no": ("four",)}
+    monkeypatch.setattr(install, "SYSTEM", {str(tmp_path / path): names for path, names in wanted.items()})
+    monkeypatch.setattr(install, "SYSTEMD", tmp_path / "systemd")
+    monkeypatch.setattr(install.os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SYSTEM_PACKAGES")
+    return tmp_path
+
+
+def test_a_container_gets_what_tests_start(
+    install: ModuleType, debian: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install.install_system(install.missing_packages())
+    update, asked = (debian / "asked").read_text().splitlines()
+    assert update.endswith(" update")
+    assert asked.endswith(" install --yes --no-install-recommends two three four")
+    assert "two three four, which tests start (SYSTEM_PACKAGES=no" in capsys.readouterr().out
+
+
+def test_without_packages_the_rest_is_installed(
+    install: ModuleType, debian: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (debian / "status").write_text("100")
+    install.install_system(install.missing_packages())
+    assert "warning: apt-get failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["asked not to", "not root", "runs services", "no Debian"])
+def test_other_machines_are_left_alone(
+    install: ModuleType, debian: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    assert install.missing_packages() != []
+    if reason == "asked not to":
+        monkeypatch.setenv("SYSTEM_PACKAGES", "no")
+    elif reason == "not root":
+        monkeypatch.setattr(install.os, "geteuid", lambda: 1000)
+    elif reason == "runs services":
+        (debian / "systemd").mkdir()
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+    assert install.missing_packages() == []
+
+
+def test_a_test_that_is_skipped_without_a_package_names_one_that_is_installed(install: ModuleType) -> None:
+    reasons = [
+        reason
+        for path in (SCRIPT.parent.parent / "tests").rglob("test_*.py")
+        for reason in re.findall(r'reason="([^"]*Debian[^"]*)"', path.read_text())
+    ]
+    packages = {name for names in install.SYSTEM.values() for name in names}
+    assert len(reasons) >= 6
+    assert [reason for reason in reasons if packages.isdisjoint(re.findall(r"[a-z][a-z0-9-]+", reason))] == []
 
 
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])

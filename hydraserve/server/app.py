@@ -106,8 +106,7 @@ class HydraEndpoints:
         state.hydraserve_adapters, state.hydraserve_tracer = service, routing.Tracer(engine_client.hydra_watched)
         await state.hydraserve_metrics.start(service, await runtime.sizes())
         state.hydraserve_metrics.add(LoraRequestsInfo(service, engine_client.vllm_config.lora_config.max_loras))
-        registry = service.registry
-        state.hydraserve_readiness = Readiness(self._traffic, lambda: bool(engine_client.errored), lambda: registry)
+        state.hydraserve_readiness = Readiness(self._traffic, lambda: bool(engine_client.errored))
         engine_client.hydra_ending.attach(self._drain)
 
     async def _answer_fronts(

@@ -3,25 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hydraserve.errors import BodyTooLargeError, InvalidRequestError, RequestError, SlowRequestError
+from hydraserve.errors import BodyTooLargeError, BusyError, RequestError, SlowRequestError
 from hydraserve.server.errors import error_response
+from hydraserve.server.json_limits import check_json, check_other
 from hydraserve.server.security import is_administration, is_inference
 from hydraserve.server.traffic import Traffic
 
-# Schemas of tools and answers rarely reach 30; what parses JSON recursively gives up, or crashes, at some thousands.
-MAX_NESTING = 100
 # Without another byte of the body.
 BODY_PAUSE_S = 30.0
+# The pace that a whole body has to keep on average: 1 Mbit/s.
+SLOWEST_BYTES_S = 1 << 17
+# What all bodies together may take, as a multiple of what one may be; half a GiB by default.
+BODIES_AT_ONCE = 32
+# Of each body so many bytes do not count, so that senders of large ones cannot crowd out everybody else.
+UNCOUNTED = 1 << 16
+# Larger bodies are checked in a thread: the event loop goes on meanwhile.
+_CHECKED_AT_ONCE = 1 << 19
 
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]+|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+
+class Bodies:
+    """Bytes of request bodies that are held, from when they come until their request is answered.
+
+    limit: of all together, without the first UNCOUNTED of each.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    @contextmanager
+    def body(self) -> Iterator[Body]:
+        """One body, for as long as its request lasts."""
+        body = Body(self)
+        try:
+            yield body
+        finally:
+            self.held -= body.counted
+
+
+class Body:
+    """size: bytes that have come; counted: those of them that count."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies, self.size, self.counted = bodies, 0, 0
+
+    def grow(self, size: int) -> None:
+        """Count `size` more bytes. Raises BusyError when all bodies together are too many."""
+        self.size += size
+        more = max(0, self.size - UNCOUNTED) - self.counted
+        if self._bodies.held + more > self._bodies.limit:
+            raise BusyError(
+                what="bodies of all requests",
+                got=f"{self._bodies.held:,} bytes, and another one of {self.size:,} or more",
+                expected=f"at most {self._bodies.limit:,}",
+                fix="try again later or elsewhere, or send less",
+            )
+        self.counted += more
+        self._bodies.held += more
 
 
 class LimitMiddleware:
@@ -33,53 +77,62 @@ class LimitMiddleware:
     def __init__(self, app: ASGIApp, traffic: Traffic, max_body: int, body_pause_s: float = BODY_PAUSE_S) -> None:
         self._app, self._traffic = app, traffic
         self._max_body, self._body_pause_s = max_body, body_pause_s
+        self._body_s = body_pause_s + max_body / SLOWEST_BYTES_S
+        self.bodies = Bodies(BODIES_AT_ONCE * max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        counts = is_inference(path) or is_administration(scope["method"], path)
         try:
-            if counts:
-                self._traffic.refuse()
-            body = await self._read(Headers(scope=scope), receive)
-            if body is None:  # the client has gone
-                return
-            check_text(Headers(scope=scope), body)
-            check_nesting(body)
-            check_integers(body)
-            if not counts:
-                await self._app(scope, _replay(body, receive), send)
-                return
-            with self._traffic.request():
-                await self._app(scope, _replay(body, receive), _with_retry_after(send))
+            with self.bodies.body() as held:
+                await self._answer(held, scope, receive, send)
         except RequestError as error:
             response = error_response(error)
             response.headers["Connection"] = "close"  # what else the client sends of this request is not read
             await response(scope, receive, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None when the client goes away. Raises BodyTooLargeError or SlowRequestError."""
+    async def _answer(self, held: Body, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        counts = is_inference(path) or is_administration(scope["method"], path)
+        if counts:
+            self._traffic.refuse()
+        headers = Headers(scope=scope)
+        body = await self._read(held, headers, receive)
+        if body is None:  # the client has gone
+            return
+        await check(headers, body)
+        if not counts:
+            await self._app(scope, _replay(body, receive), send)
+            return
+        with self._traffic.request():
+            await self._app(scope, _replay(body, receive), _with_retry_after(send))
+
+    async def _read(self, held: Body, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body; None when the client goes away. Raises BodyTooLargeError, SlowRequestError or BusyError."""
         announced = headers.get("content-length", "")
         if announced.isdecimal():
             self._check_size(int(announced))
-        pieces: list[bytes] = []
-        size, more = 0, True
+        begun, pieces, more = time.monotonic(), list[bytes](), True
         while more:
-            try:
-                message = await asyncio.wait_for(receive(), self._body_pause_s)
-            except TimeoutError:
-                raise SlowRequestError(
-                    "body", got=f"nothing more for {self._body_pause_s:.0f} s", expected="all of it"
-                ) from None
+            message = await self._next(receive, begun + self._body_s - time.monotonic(), held.size)
             if message["type"] == "http.disconnect":
                 return None
             piece, more = message.get("body", b""), message.get("more_body", False)
-            size += len(piece)
-            self._check_size(size)
+            self._check_size(held.size + len(piece))
+            held.grow(len(piece))
             pieces.append(piece)
         return b"".join(pieces)
+
+    async def _next(self, receive: Receive, left_s: float, size: int) -> Message:
+        """The next piece of a body of which `size` bytes are there. Raises SlowRequestError."""
+        if left_s > 0:
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(receive(), min(self._body_pause_s, left_s))
+        got = f"nothing more for {self._body_pause_s:.0f} s"
+        if left_s < self._body_pause_s:
+            got = f"{size:,} bytes of it in {self._body_s:.0f} s"
+        raise SlowRequestError("body", got=got, expected="all of it")
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body:
@@ -91,45 +144,14 @@ class LimitMiddleware:
             )
 
 
-def check_text(headers: Headers, body: bytes) -> None:
-    """Raises InvalidRequestError for JSON that is not UTF-8; Python's parser would guess other encodings."""
-    if not headers.get("content-type", "application/json").startswith("application/json"):
-        return
-    try:
-        body.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            "body", got=f"byte {body[error.start]:#04x} at {error.start}", expected="JSON in UTF-8", fix="encode it so"
-        ) from None
-
-
-def check_nesting(body: bytes) -> None:
-    """Raises InvalidRequestError for JSON that is nested too deeply. What else may be wrong is left to the parser."""
-    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:
-        return
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(body):
-        first = body[match.start()]
-        depth += (first in b"[{") - (first in b"]}")
-        if depth > MAX_NESTING:
-            raise InvalidRequestError(
-                "body", got=f"JSON of more than {MAX_NESTING} levels", expected="fewer", fix="send flatter JSON"
-            )
-
-
-def check_integers(body: bytes) -> None:
-    """Raises InvalidRequestError for integers of more than 64 bits, which what the engine is sent cannot hold."""
-    if _LONG_NUMBER.search(body) is not None:
-        with contextlib.suppress(ValueError):  # no JSON
-            json.loads(body, parse_int=_parse_integer)
-
-
-def _parse_integer(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise InvalidRequestError(
-            "body", got=f"the number {text[:30]}...", expected="integers of 64 bits", fix="send smaller ones"
-        )
-    return int(text)
+async def check(headers: Headers, body: bytes) -> None:
+    """Raises InvalidRequestError for a body that no parser should see."""
+    kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    checks = check_json if kind == "application/json" or kind.endswith("+json") else check_other
+    if len(body) > _CHECKED_AT_ONCE:
+        await asyncio.to_thread(checks, body)
+    else:
+        checks(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

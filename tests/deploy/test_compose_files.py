@@ -58,5 +58,7 @@ def test_images_are_pinned_and_the_gpu_variant_changes_only_what_it_must() -> No
         assert not service["image"].endswith(":latest"), name
         assert ":" in service["image"], name
     gpu = load("compose.cuda.yaml")["services"]["hydraserve"]
-    assert set(gpu) == {"build", "image", "deploy"}
+    assert set(gpu) == {"build", "image", "command", "deploy"}
     assert gpu["build"]["args"] == {"VARIANT": "cuda"}
+    size = ["--kv-cache-memory-bytes", "${KV_CACHE_BYTES:-1073741824}"]
+    assert services["hydraserve"]["command"] == [*gpu["command"], *size]

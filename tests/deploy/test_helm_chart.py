@@ -47,6 +47,7 @@ def test_helm_finds_nothing_wrong() -> None:
     ("name", "kinds"),
     [
         ("defaults", {"Deployment", "Service", "ServiceAccount", "PodDisruptionBudget"}),
+        ("CPU", {"Deployment", "Service", "ServiceAccount", "PodDisruptionBudget"}),
         (
             "everything",
             {
@@ -73,16 +74,37 @@ def test_kinds(name: str, kinds: set[str]) -> None:
         {"model": ""},
         {"image": {"repository": "x", "tag": "latest"}},
         {"image": {"repository": "x", "digest": "sha256:short"}},
+        {"image": {"tag": ""}},
         {"adapters": {"slots": 0}},
         {"replica": 2},
         {"sharedMemory": "much"},
         {"multiNode": {"enabled": True, "sharedClaim": ""}},
         {"autoscaling": {"enabled": True, "target": -1}},
+        {"rollingUpdate": {"maxSurge": "half"}},
+        {"kvCacheBytes": "1Gi"},
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(helm.HelmError):
         render(values)
+
+
+def test_an_autoscaler_without_room_is_refused_with_a_reason() -> None:
+    with pytest.raises(helm.HelmError, match="got minReplicas 5 and maxReplicas 4, expected"):
+        render({"autoscaling": {"enabled": True, "minReplicas": 5}})
+
+
+def test_an_image_is_named_by_its_digest_where_there_is_one() -> None:
+    digest = f"sha256:{'0' * 64}"
+    assert container({"image": {"tag": "", "digest": digest}})["image"] == f"hydraserve@{digest}"
+    assert container({})["image"] == "hydraserve:cuda"
+
+
+def test_only_the_cpu_is_given_a_size_of_the_kv_cache() -> None:
+    spec = container(VALUES["CPU"])
+    assert spec["args"][spec["args"].index("--kv-cache-memory-bytes") + 1] == str(4 << 30)
+    assert "nvidia.com/gpu" not in spec["resources"]["limits"]
+    assert "--kv-cache-memory-bytes" not in container({})["args"]
 
 
 def test_probes_ask_the_routes_that_the_server_has() -> None:
@@ -112,6 +134,7 @@ def test_flags_are_those_of_the_command(name: str) -> None:
         args, others = parser.parse_known_args(spec["args"])
         assert args.model == "demo"
         known = {"--shutdown-timeout", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--nnodes"}
+        known |= {"--kv-cache-memory-bytes"}
         known |= {"--node-rank", "--master-addr", "--headless"}  # vLLM's
         assert {flag for flag in others if flag.startswith("--")} <= known
 
@@ -141,9 +164,19 @@ def test_nodes_of_a_group_are_given_the_same_engine() -> None:
     assert [a for a in leader if a not in own] == [a for a in worker if a not in own]
     assert leader[leader.index("--tensor-parallel-size") + 1] == "8"
     assert leader[leader.index("--pipeline-parallel-size") + 1] == str(group["size"])
-    for role in ("leaderTemplate", "workerTemplate"):  # adapters are read by every node
+    for role in ("leaderTemplate", "workerTemplate"):
+        limits = group[role]["spec"]["containers"][0]["resources"]["limits"]
+        assert limits == {"memory": "32Gi", "nvidia.com/gpu": 8}, "as many GPUs as tensor parallel ranks"
+        # Adapters are read by every node.
         assert {"name": "state", "persistentVolumeClaim": {"claimName": "shared"}} in group[role]["spec"]["volumes"]
     assert by_kind(VALUES["several nodes"])["Service"]["spec"]["selector"]["hydraserve/role"] == "leader"
+
+
+def test_a_rollout_is_as_the_values_say() -> None:
+    strategy = by_kind({})["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert strategy == {"maxSurge": 1, "maxUnavailable": 0}
+    strategy = by_kind(VALUES["CPU"])["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert strategy == {"maxSurge": 0, "maxUnavailable": "50%"}
 
 
 def test_autoscaling_is_on_requests_that_wait() -> None:

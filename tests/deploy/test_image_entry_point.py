@@ -18,7 +18,7 @@ from hydraserve.bench.process import ServerProcess, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
-SERVE = DOCKERFILE[DOCKERFILE.index(" AS serve") :].replace("\\\n", " ")
+SERVE = DOCKERFILE[DOCKERFILE.index(" AS serve\n") :].replace("\\\n", " ")
 INSTALLED = "/opt/hydraserve"
 ISOLATED = ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL", "--ro-bind", "/", "/")
 
@@ -29,9 +29,10 @@ def environment() -> dict[str, str]:
     return dict(word.split("=", 1) for line in lines for word in shlex.split(line))
 
 
-def exec_form(instruction: str) -> list[str]:
-    """The words of CMD or ENTRYPOINT."""
-    match = re.search(rf"^{instruction} \[(.*)\]$", SERVE, re.MULTILINE)
+def exec_form(instruction: str, stage: str = "serve") -> list[str]:
+    """The words of a stage's CMD or ENTRYPOINT."""
+    (text,) = [part for part in re.split(r"^FROM ", SERVE, flags=re.MULTILINE) if f" AS {stage}\n" in part]
+    match = re.search(rf"^{instruction} \[(.*)\]$", text, re.MULTILINE)
     assert match is not None
     return [word.strip().strip('"') for word in match[1].split(",")]
 
@@ -67,6 +68,13 @@ def test_what_the_build_copies_is_there_and_not_ignored() -> None:
         assert f"!{source}" in allowed, source
 
 
+def test_only_the_image_for_cpus_gives_a_size_of_the_kv_cache() -> None:
+    demo = ["--model", "demo"]
+    assert exec_form("CMD", "serve-cuda") == demo
+    assert exec_form("CMD", "serve-cpu") == [*demo, "--kv-cache-memory-bytes", str(1 << 30)]
+    assert DOCKERFILE.rstrip().endswith("\nFROM serve-${VARIANT}"), "the last stage is the image"
+
+
 def library_cache() -> Path:
     """Where this user's builds of the CPU operator lie."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -99,15 +107,12 @@ def contained(tiny_llama: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     # The model lies below /tmp, which is hidden.
     command += ["--ro-bind", str(tiny_llama), "/tmp/model", "--clearenv"]
     port = free_port()
-    variables = {
-        **environment(),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HYDRA_KERNELS_CACHE": "/tmp/native",
-    }
+    variables = {**environment(), "HF_HUB_OFFLINE": "1", "HYDRA_KERNELS_CACHE": "/tmp/native"}
     for name, value in variables.items():
         command += ["--setenv", name, value]
-    command += ["--chdir", "/var/lib/hydraserve", *entry[2:], "--model", "/tmp/model", "--served-model-name", "tiny"]
+    command += ["--chdir", "/var/lib/hydraserve", *entry[2:], *exec_form("CMD", "serve-cpu")]
+    # Of a flag that is given twice the last one counts: a model that loads in no time instead of the demo.
+    command += ["--model", "/tmp/model", "--served-model-name", "tiny"]
     command += ["--state-dir", volumes()[1], "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     server = ServerProcess([], tmp_path / "log")
     server.port, server.url = port, f"http://127.0.0.1:{port}"

@@ -46,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         answer = json.dumps({"replica": self.server.server_port, "length": len(body)}).encode()
         self.send_response(503 if self.server.ending else 200)
+        if self.server.ending:
+            self.send_header("Retry-After", "7")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -126,3 +128,15 @@ def test_a_replica_that_refuses_is_passed_over(proxy: httpx.Client, replicas: li
     (ending,) = [replica for replica in replicas if replica.server_port == owner]
     ending.ending = True
     assert replica_of(proxy, "adapter-1") != owner
+
+
+def test_a_moment_in_which_all_are_full_ends_with_it(proxy: httpx.Client, replicas: list[Replica]) -> None:
+    owner = replica_of(proxy, "adapter-1")
+    for replica in replicas:
+        replica.ending = True
+    for _ in range(3):
+        refused = proxy.post("/v1/completions", json={"model": "adapter-1"})
+        assert (refused.status_code, refused.headers.get("retry-after")) == (503, "7")
+    for replica in replicas:
+        replica.ending = False
+    assert replica_of(proxy, "adapter-1") == owner, "at once, and on the replica that has the adapter"

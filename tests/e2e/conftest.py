@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from adapter_client import write_adapters
+from source_servers import FileHandler, serving
 
 from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
@@ -71,6 +73,16 @@ def tiny_adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def tiny_www(tiny_adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a web server with adapters of `tiny_adapters` as archives: v6.tar."""
+    folder = tmp_path_factory.mktemp("www")
+    with tarfile.open(folder / "v6.tar", "w") as tar:
+        tar.add(tiny_adapters[6], "v6")
+    with serving(FileHandler, folder) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
 def unreadable_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state folder whose file is damaged: what `tiny_server` starts with."""
     folder = tmp_path_factory.mktemp("state")
@@ -80,7 +92,11 @@ def unreadable_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_server(
-    tiny_llama: Path, tiny_adapters: list[Path], unreadable_state: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path,
+    tiny_adapters: list[Path],
+    tiny_www: str,
+    unreadable_state: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
     """A server for tests that put it under load, feed it nonsense or make its disk fail; it has to survive them all."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
@@ -88,8 +104,10 @@ def tiny_server(
     arguments += ["--max-rank", "8", "--max-heads", "4", "--max-queued-requests", "100", "--max-body-mib", "1"]
     arguments += ["--num-gpu-blocks-override", "64"]  # a pool that is soon used whole: then memory has no cause to grow
     arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
+    arguments += ["--allow-source", tiny_www]
     for name, path in zip(("first", "second"), tiny_adapters, strict=False):
         arguments += ["--adapter", f"{name}={path}"]
-    log = tmp_path_factory.mktemp("tiny-server") / "server.log"
-    with ServerProcess(arguments, log, ENGINE_ENV) as process:
+    folder = tmp_path_factory.mktemp("tiny-server")
+    env = {**ENGINE_ENV, "HYDRASERVE_CACHE": str(folder / "cache")}  # downloads are not to be there from earlier runs
+    with ServerProcess(arguments, folder / "server.log", env) as process:
         yield process

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from adapter_client import wait_for
+from adapter_client import AdapterClient, wait_for
 from family import shared_routers
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,15 +26,19 @@ ROUTED = ("hydra-r4-e3", "hydra-r8-e2")
 LAYERS, PROMPT, GENERATED = 2, 6, 20
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
+Greedy = Callable[[str], list[int]]  # model -> the tokens that it answers
+
 
 @dataclass(frozen=True)
 class Found:
     """tokens: greedy ones of every model. routers: each router series' labels -> its value, after these requests.
-    traced: adapter -> layers and modules that POST /v1/routing shows for it, each with its mean weights."""
+    traced: adapter -> layers and modules that POST /v1/routing shows for it, each with its mean weights.
+    loaded: router series of an adapter that came while the server ran, whose tokens were right until it went."""
 
     tokens: Mapping[str, list[int]]
     routers: Mapping[str, float]
     traced: Mapping[str, Mapping[str, list[float]]]
+    loaded: Mapping[str, float]
 
 
 def router_series(url: str) -> dict[str, float]:
@@ -42,6 +46,42 @@ def router_series(url: str) -> dict[str, float]:
     samples = [s for family in families for s in family.samples if s.name.startswith("hydraserve_router_")]
     counters = [s for s in samples if s.name.endswith("_total") and s.labels]
     return {f"{s.name} {sorted(s.labels.items())}": s.value for s in counters}
+
+
+COUNTED = f"hydraserve_router_tokens_total {sorted({'adapter': 'ADAPTER', 'module': 'q_proj'}.items())}"
+AT_ONCE = 4  # the same request: with two engines, both get some
+
+
+def wait_for_counts(url: str, adapter: str, requests: int) -> dict[str, float]:
+    """Every router series, when all tokens of so many requests to the adapter are counted."""
+    series, tokens = COUNTED.replace("ADAPTER", adapter), LAYERS * (PROMPT + GENERATED - 1) * requests
+    wait_for(lambda: router_series(url).get(series, 0) >= tokens, "the counts")
+    return router_series(url)
+
+
+def come_and_go(url: str, adapters: Path, tokens: Mapping[str, list[int]], greedy: Greedy) -> dict[str, float]:
+    """Load, replace, unload and load an adapter anew, in a place that others have as well: on every rank it is what it
+    was last said to be. Its router series after the first of these."""
+    client = AdapterClient(url)
+
+    def answers_as(model: str) -> None:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            assert list(pool.map(greedy, ["late"] * AT_ONCE)) == [tokens[model]] * AT_ONCE, model
+
+    client.add("late", adapters / "hydra-r8-e2")
+    answers_as("hydra-r8-e2")
+    counted = wait_for_counts(url, "late", AT_ONCE)
+    client.replace("late", adapters / "plain-r4")
+    answers_as("plain-r4")
+    client.remove("late")
+    assert client.complete("late", [5], 1).status == 404
+    client.add("late", adapters / "hydra-r4-e3")
+    answers_as("hydra-r4-e3")
+    assert "late" in client.list()["residency"]["slots"]
+    client.remove("late")
+    assert "late" not in client.list()["residency"]["slots"]
+    assert {model: greedy(model) for model in tokens} == tokens, "and the others are as they were"
+    return {name: value for name, value in counted.items() if "'late'" in name}
 
 
 def traced(url: str, adapter: str) -> dict[str, list[float]]:
@@ -57,7 +97,17 @@ def traced(url: str, adapter: str) -> dict[str, list[float]]:
 def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str], log: Path) -> Found:
     """What a server started with `flags` answers, counts and traces."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *flags]
-    arguments += ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", "--router-metrics", "on"]
+    arguments += [
+        "--allow-source",
+        str(adapters),
+        "--enforce-eager",
+        "--max-model-len",
+        "128",
+        "--max-num-seqs",
+        "8",
+        "--router-metrics",
+        "on",
+    ]
     for name in (*ADAPTERS, SHARED):
         arguments += ["--adapter", f"{name}={adapters / name}"]
     with ServerProcess(arguments, log, {**ENV, **env}) as server:
@@ -76,10 +126,9 @@ def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str
         with ThreadPoolExecutor(4) as pool:
             models = ["tiny", *ADAPTERS, SHARED]
             tokens = dict(zip(models, pool.map(greedy, models), strict=True))
-        computed = f"hydraserve_router_tokens_total {sorted({'adapter': 'hydra-r4-e3', 'module': 'q_proj'}.items())}"
-        wait_for(lambda: router_series(server.url).get(computed, 0) >= LAYERS * (PROMPT + GENERATED - 1), "the counts")
-        routers = router_series(server.url)
-        return Found(tokens, routers, {name: traced(server.url, name) for name in ROUTED})
+        routers = wait_for_counts(server.url, "hydra-r4-e3", 1)
+        traces = {name: traced(server.url, name) for name in ROUTED}
+        return Found(tokens, routers, traces, come_and_go(server.url, adapters, tokens, greedy))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +148,8 @@ def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFa
     routed = [value for name, value in one.routers.items() if "router_tokens" in name]
     series = len(TARGETS) * len(ROUTED) + 2  # of the shared routers, those of gate and up: down has none
     assert routed == [LAYERS * (PROMPT + GENERATED - 1)] * series
+    loaded = [value for name, value in one.loaded.items() if "router_tokens" in name]
+    assert loaded == [LAYERS * (PROMPT + GENERATED - 1) * AT_ONCE] * len(TARGETS)
     return one
 
 
@@ -116,6 +167,7 @@ def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Foun
     two = found(tiny_llama, adapters, KINDS[kind], env, tmp_path / "log")
     assert two.tokens == single.tokens
     assert two.routers == pytest.approx(single.routers, rel=1e-4), "nothing is counted twice, and nothing is left out"
+    assert two.loaded == pytest.approx(single.loaded, rel=1e-4), "nor of an adapter that came later"
     for adapter, routers in single.traced.items():
         assert list(two.traced[adapter]) == list(routers), "in the order of the layers"
         for name, weights in routers.items():

@@ -1,4 +1,5 @@
-"""Two replicas behind nginx: routed by model, each keeps its share of the adapters in its slots."""
+"""Two replicas: what gateways read of them and how they end; behind nginx, routed by model, each keeps its share of the
+adapters in its slots."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 ADAPTERS, SLOTS, REQUESTS = 12, 4, 150
 PROMPT = (5, 6, 7)
 
-pytestmark = pytest.mark.skipif(
+needs_nginx = pytest.mark.skipif(
     shutil.which("nginx") is None or not MODULE.exists(),
     reason="needs Debian's packages nginx-light and libnginx-mod-http-js",
 )
@@ -110,6 +111,7 @@ def hit_rate(url: str, replicas: list[ServerProcess], names: list[str]) -> float
     return 1 - misses / REQUESTS
 
 
+@needs_nginx
 def test_affinity_keeps_adapters_in_their_slots(
     replicas: list[ServerProcess], names: list[str], tmp_path: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_affinity_keeps_adapters_in_their_slots(
     assert by_model > in_turn + 0.15
 
 
+@needs_nginx
 def test_streams_pass_the_proxy_piece_by_piece(replicas: list[ServerProcess], names: list[str], tmp_path: Path) -> None:
     with proxy(tmp_path / "nginx", replicas, by_model=True) as url:
         body, begun = completion(names[0], PROMPT, 2000, stream=True), time.monotonic()
@@ -165,6 +168,7 @@ def test_what_gateways_read(replicas: list[ServerProcess], names: list[str]) -> 
     wait_for(lambda: lora_requests_info(replica) == nobody, "idle again")
 
 
+@needs_nginx
 def test_a_replica_that_ends_gives_its_adapters_to_the_other(
     replicas: list[ServerProcess], names: list[str], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from hydraserve.bench.usage import memory, session_processes
 
 PROMPT = range(5, 45)
 AT_ONCE, QUEUED = 8, 100  # of tiny_server
-LIBFAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)  # one folder for each architecture
 
 
 @pytest.fixture
@@ -135,19 +136,21 @@ def full_disk(processes: list[int], limit: int) -> Iterator[None]:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, was)
 
 
+@pytest.mark.parametrize("place", ["a folder", "a download"])
 def test_a_full_disk_fails_one_load_and_nothing_else(
-    tiny_server: ServerProcess, client: AdapterClient, tiny_adapters: list[Path]
+    tiny_server: ServerProcess, client: AdapterClient, tiny_adapters: list[Path], tiny_www: str, place: str
 ) -> None:
     assert tiny_server.process is not None
+    source = str(tiny_adapters[5]) if place == "a folder" else f"{tiny_www}/v6.tar"
     expected = client.complete("first", PROMPT, 8).tokens
     with full_disk(session_processes(tiny_server.process.pid), limit=20_000):
-        answer = client.http.post("/v1/adapters", json={"name": "late", "source": str(tiny_adapters[5])})
+        answer = client.http.post("/v1/adapters", json={"name": "late", "source": source})
         assert answer.status_code == 507, answer.text
         assert "make room" in answer.json()["error"]["message"]
         assert client.complete("first", PROMPT, 8).tokens == expected
         assert client.http.get("/ready").status_code == 200
     assert client.http.get("/v1/adapters/late").status_code == 404
-    client.add("late", tiny_adapters[5])
+    client.add("late", source)
     assert client.complete("late", PROMPT, 8).status == 200
     client.remove("late")
 
@@ -174,45 +177,65 @@ def engine_process(leader: int) -> int:
     return next(pid for pid, name in names.items() if name.startswith("VLLM::EngineCor"))
 
 
-def test_clock_jumps_then_a_dead_engine_then_a_restart_then_a_drain(
-    state_arguments: list[str], tiny_adapters: list[Path], tmp_path: Path
-) -> None:
-    """One server after the other, because each start takes half a minute."""
-    clock = tmp_path / "clock"
+@dataclass(frozen=True)
+class Kept:
+    """A server with the run-time adapter "kept". clock: the file that says how wrong its clock is."""
+
+    server: ServerProcess
+    clock: Path
+    version: str
+    tokens: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def kept(
+    state_arguments: list[str], tiny_adapters: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Kept]:
+    """For the next two tests, in their order, because each start takes half a minute."""
+    folder = tmp_path_factory.mktemp("kept")
+    clock = folder / "clock"
     clock.write_text("+0")
     faked = {"LD_PRELOAD": str(LIBFAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
     faked["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"  # as the kernel does when somebody sets the clock
-    can_fake = LIBFAKETIME.exists()  # Debian's package libfaketime; without it only the rest is tested
-    server = ServerProcess(state_arguments, tmp_path / "log", {**ENV, **(faked if can_fake else {})})
-    with server:
+    with ServerProcess(state_arguments, folder / "log", {**ENV, **(faked if LIBFAKETIME else {})}) as server:
         client = AdapterClient(server.url)
         version = client.add("kept", tiny_adapters[0])["version"]
-        tokens = client.complete("kept", PROMPT, 12).tokens
-        for jump in ("+400d", "-400d", "+0") if can_fake else ():
-            running = stream(server, 100)
-            clock.write_text(jump)
-            answer = client.complete("kept", PROMPT, 12)
-            assert (answer.status, answer.tokens) == (200, tokens), jump
-            running.join(60)
-            assert running.pieces[-1] == "[DONE]", jump
-        durations = client.metric("hydraserve_adapter_request_duration_seconds_sum")
-        assert 0 < durations < 600, "a jump of the clock is no duration"
+        yield Kept(server, clock, version, client.complete("kept", PROMPT, 12).tokens)
 
-        running = stream(server, 460)
-        assert server.process is not None
-        os.kill(engine_process(server.process.pid), signal.SIGKILL)
-        running.join(30)
-        assert not running.is_alive(), "a client of a dead engine must not hang"
-        assert running.error is not None or "error" in running.pieces[-2] + running.pieces[-1]
-        assert '"finish_reason":"length"' not in "".join(running.pieces)
-        assert server.process.wait(60) == 1
-        assert "error: engine: got a process of it that ended" in server.log.read_text()
 
-    again = ServerProcess(state_arguments, tmp_path / "log-2", ENV)
-    with again:
+@pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's package libfaketime")
+def test_a_clock_that_jumps_changes_nothing(kept: Kept) -> None:
+    client = AdapterClient(kept.server.url)
+    for days in (400, -400, 0):
+        jump = f"{days:+}d"
+        running = stream(kept.server, 100)
+        kept.clock.write_text(jump)
+        answer = client.complete("kept", PROMPT, 12)
+        assert (answer.status, answer.tokens) == (200, kept.tokens), jump
+        running.join(60)
+        assert running.pieces[-1] == "[DONE]", jump
+        wrong_by = client.get("kept")["last_used"] - time.time()
+        assert wrong_by == pytest.approx(days * 86400, abs=3600), "the server's clock did jump"
+    durations = client.metric("hydraserve_adapter_request_duration_seconds_sum")
+    assert 0 < durations < 600, "a jump of the clock is no duration"
+
+
+def test_a_dead_engine_then_a_restart_then_a_drain(kept: Kept, state_arguments: list[str], tmp_path: Path) -> None:
+    server = kept.server
+    running = stream(server, 460)
+    assert server.process is not None
+    os.kill(engine_process(server.process.pid), signal.SIGKILL)
+    running.join(30)
+    assert not running.is_alive(), "a client of a dead engine must not hang"
+    assert running.error is not None or "error" in running.pieces[-2] + running.pieces[-1]
+    assert '"finish_reason":"length"' not in "".join(running.pieces)
+    assert server.process.wait(60) == 1
+    assert "error: engine: got a process of it that ended" in server.log.read_text()
+
+    with ServerProcess(state_arguments, tmp_path / "log", ENV) as again:
         client = AdapterClient(again.url)
-        assert client.get("kept")["version"] == version
-        assert client.complete("kept", PROMPT, 12).tokens == tokens
+        assert client.get("kept")["version"] == kept.version
+        assert client.complete("kept", PROMPT, 12).tokens == kept.tokens
         check_drain(again, client)
 
 

@@ -15,7 +15,8 @@ router = APIRouter()
 
 @router.get("/ready", responses={HTTPStatus.SERVICE_UNAVAILABLE: {"description": "Requests should go elsewhere."}})
 async def ready(request: Request) -> JSONResponse:
-    """200 when the model and its adapters are loaded and the server takes requests, else 503 with the reason."""
+    """200 when the server takes requests, else 503 with the reason. It listens only once its model and the adapters of
+    its command line are loaded."""
     obstacle = cast(Readiness, request.app.state.hydraserve_readiness).obstacle()
     if obstacle is None:
         return JSONResponse({"status": "ready"})

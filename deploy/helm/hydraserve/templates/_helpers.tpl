@@ -56,6 +56,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - --allow-source
 - {{ . | quote }}
 {{- end }}
+{{- if .Values.kvCacheBytes }}
+- --kv-cache-memory-bytes
+- {{ .Values.kvCacheBytes | int64 | quote }}
+{{- end }}
 {{- end -}}
 
 {{- /* What a pod has besides its container's arguments and probes. */ -}}
@@ -122,9 +126,18 @@ volumes:
   {{- end }}
 {{- end -}}
 
+{{- /* Of one pod. A node of a group computes on all its GPUs, so it has to have as many as its ranks. */ -}}
+{{- define "hydraserve.resources" -}}
+{{- $resources := deepCopy .Values.resources -}}
+{{- if .Values.multiNode.enabled -}}
+{{- $resources = mergeOverwrite $resources (dict "limits" (dict "nvidia.com/gpu" (int .Values.multiNode.gpusPerNode))) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
 {{- define "hydraserve.container" -}}
 name: hydraserve
-image: {{ include "hydraserve.image" . }}
+image: {{ include "hydraserve.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   allowPrivilegeEscalation: false
@@ -136,7 +149,7 @@ envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 resources:
-  {{- toYaml .Values.resources | nindent 2 }}
+  {{- include "hydraserve.resources" . | nindent 2 }}
 volumeMounts:
   - name: tmp
     mountPath: /tmp
