@@ -131,9 +131,10 @@ class Traffic:
             label, adapter_id, _ = visible[name]
             digest = self.service.contents.labelled(label).stored.digest
             async with self.admission.admit(adapter_id, label, request_id):
-                for _ in range(self.rng.randrange(4)):
-                    assert self.runtime.host[self.service.cache.adapter_id(digest)] == digest
-                    await self.runtime.pause()
+                with self.runtime.run(adapter_id):
+                    for _ in range(self.rng.randrange(4)):
+                        assert self.runtime.host[self.service.cache.adapter_id(digest)] == digest
+                        await self.runtime.pause()
         finally:
             scope.end()
 
