@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -168,6 +169,24 @@ def test_a_request_that_waited_while_its_adapter_was_taken_away_is_refused(run: 
         await removing
         await holds[1].__aexit__(None, None, None)
         assert (service.turnstile.active, len(runtime.host)) == (0, 2)
+
+    run(test)
+
+
+def test_only_the_path_of_the_command_line_may_be_anywhere(run: Run, versions: list[Path], tmp_path: Path) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        given, other = (shutil.copytree(versions[i], tmp_path / f"outside-{i}") for i in range(2))
+        await service.claim("a", str(given), Origin.COMMAND_LINE)
+        with pytest.raises(SourceForbiddenError):
+            await service.replace("a", str(other))
+        with pytest.raises(SourceForbiddenError):
+            await service.replace("a", "hf://org/x")
+        assert service.current["a"].stored.digest == digest(given)
+        await service.replace("a", str(versions[2]))
+        await service.replace("a", str(given))
+        await service.replace("a")
+        assert digest(given) in runtime.host.values()
+        assert service.current["a"].stored.digest == digest(given)
 
     run(test)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from hydraserve.server.lifecycle.served import current_scope, may_see
@@ -32,17 +32,17 @@ class Admission:
         service = self._service
         served = service.contents.labelled(label)
         digest = served.stored.digest
-        with served.run(request_id), ExitStack() as waiting:
-            waiting.enter_context(served.wait())
-            await service.turnstile.enter(digest, on_wait=service.prefetch_next)
-            try:
-                served.refuse_if_removed()
-                async with service.cache.hold(served.stored):
-                    waiting.close()
-                    yield
-            finally:
-                service.turnstile.leave(digest)
-                service.prefetch_next()
+        with served.run(request_id):
+            async with AsyncExitStack() as inside:
+                async with served.wait():
+                    await service.turnstile.enter(digest, on_wait=service.prefetch_next)
+                    inside.callback(self._leave, digest)
+                    await inside.enter_async_context(service.cache.hold(served.stored))
+                yield
+
+    def _leave(self, digest: str) -> None:
+        self._service.turnstile.leave(digest)
+        self._service.prefetch_next()
 
     def cache_salt(self) -> str | None:
         return cache_salt()

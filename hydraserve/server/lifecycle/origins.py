@@ -29,8 +29,8 @@ class Origins:
             return self._derive(entry, source)
         if (recipe := Recipe.parse(source)) is not None:
             return self._compose(recipe)
-        trusted = entry.origin is Origin.COMMAND_LINE
-        return self._reader.read(source, progress, trusted=trusted, digest=digest)
+        # Only what the operator gave: over HTTP, the same name may be asked to come from anywhere else.
+        return self._reader.read(source, progress, trusted=source == entry.given, digest=digest)
 
     def parts(self, source: str) -> list[AdapterEntry]:
         """What `source` is composed of; nothing for other sources.

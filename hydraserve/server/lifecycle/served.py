@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,7 +26,6 @@ class ServedAdapter:
     label:   unique for name and content; what the engine calls the adapter.
     request: vLLM's LoRARequest.
     removed: taken away by force: requests that have not begun are refused.
-    waiting: of its requests, those that are not in the engine yet.
     """
 
     name: str
@@ -34,10 +33,10 @@ class ServedAdapter:
     adapter_id: int
     request: Any
     removed: bool = False
-    waiting: int = 0
     served: int = 0
     last_used: float | None = None
     _running: dict[object, str] = field(default_factory=dict)
+    _waiting: set[asyncio.Timeout] = field(default_factory=set)
     _holds: int = 0
     _watchers: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -54,6 +53,11 @@ class ServedAdapter:
     def request_ids(self) -> list[str]:
         """Of the requests that are running or waiting for their turn."""
         return list(self._running.values())
+
+    @property
+    def waiting(self) -> int:
+        """How many of them are not in the engine yet."""
+        return len(self._waiting)
 
     @property
     def in_use(self) -> bool:
@@ -74,19 +78,37 @@ class ServedAdapter:
             self.last_used = time.time()
             self.notify()
 
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        """Count a request as not in the engine yet."""
-        self.waiting += 1
+    @asynccontextmanager
+    async def wait(self) -> AsyncIterator[None]:
+        """Count a request as not in the engine yet. Raises UnknownAdapterError, whatever is being waited for, when the
+        adapter is taken away by force."""
+        until_removed = asyncio.timeout(None)
         try:
-            yield
-        finally:
-            self.waiting -= 1
+            async with until_removed:
+                self._waiting.add(until_removed)
+                try:
+                    yield
+                finally:
+                    self._waiting.discard(until_removed)
+        except TimeoutError as error:
+            if until_removed.expired():
+                raise self._gone() from error
+            raise
+        self.refuse_if_removed()
+
+    def take_away(self) -> None:
+        """By force: requests that have not begun are refused."""
+        self.removed = True
+        for until_removed in self._waiting:
+            until_removed.reschedule(asyncio.get_running_loop().time())
 
     def refuse_if_removed(self) -> None:
         """Raises UnknownAdapterError when the adapter was taken away by force."""
         if self.removed:
-            raise UnknownAdapterError(what="adapter", got=repr(self.name), expected="a name that is still served")
+            raise self._gone()
+
+    def _gone(self) -> UnknownAdapterError:
+        return UnknownAdapterError(what="adapter", got=repr(self.name), expected="a name that is still served")
 
     def hold(self) -> None:
         """Keep the adapter between its name being looked up and its request being counted in."""

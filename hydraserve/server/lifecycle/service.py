@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from hydraserve.adapters.derive import split_derived
 from hydraserve.adapters.registry import AdapterEntry, Origin, Registry, check_name
@@ -58,6 +58,7 @@ class AdapterService:
         self._pins = Pins(registry, cache, self.turnstile, slots)
         self._origins = Origins(registry, reader, self.contents)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._retiring: WeakKeyDictionary[ServedAdapter, asyncio.Task[None]] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def restore(self) -> None:
@@ -98,15 +99,14 @@ class AdapterService:
                 if pin:
                     await self._set_pinned(entry, True)
                 return entry, False
-            entry = AdapterEntry(name, source, origin)
+            entry = AdapterEntry(name, source, origin, given=source if origin is Origin.COMMAND_LINE else None)
             self.registry.put(entry)
             try:
                 await self._read(entry, source, digest)
                 if pin:
                     await self._set_pinned(entry, True)
             except BaseException:
-                if (served := self._forget(entry)) is not None:
-                    self.spawn(self.contents.retire(served))
+                self._forget(entry)
                 raise
             return entry, True
 
@@ -161,24 +161,28 @@ class AdapterService:
 
         Raises UnknownAdapterError, and AdapterConflictError for an adapter that `origin` cannot take away.
         """
-        async with self._lock(name):
+        self._refuse_directory(self.registry.get(name), origin)
+        lock = self._lock(name)
+        if force and lock.locked():  # perhaps by a pin that waits for these requests to end
+            await self._abort(name)
+        async with lock:
             entry = self.registry.get(name)
             self._refuse_directory(entry, origin)
             if entry.pinned:
                 await self._set_pinned(entry, False)
-            served = self._forget(entry)
-        retiring = None
-        if served is not None:
+            self._forget(entry)
+        for served in self.contents.of(name):
             if force:
-                served.removed = True
-                self.abort_elsewhere(served.request_ids)
-                await self.runtime.abort(served.request_ids)
-            retiring = self.spawn(self.contents.retire(served))
+                served.take_away()
+            self._retire(served)
+        retiring = [task for served, task in self._retiring.items() if served.name == name and not task.done()]
+        if force:
+            await self._abort(name)
         for derived in self._origins.derived_from(name):
             with contextlib.suppress(UnknownAdapterError):  # removed by somebody else meanwhile
                 await self.remove(derived, force=force, wait=wait)
-        if wait and retiring is not None:
-            await asyncio.shield(retiring)
+        if wait:
+            await asyncio.shield(asyncio.gather(*retiring))
 
     async def pin(self, name: str, pinned: bool) -> AdapterEntry:
         """Keep an adapter in host memory and in a slot, or no longer. Raises AdapterConflictError."""
@@ -289,8 +293,7 @@ class AdapterService:
                 try:
                     await self._read(entry, source)
                 except BaseException:
-                    if (served := self._forget(entry)) is not None:
-                        self.spawn(self.contents.retire(served))
+                    self._forget(entry)
                     raise
         return entry
 
@@ -316,7 +319,7 @@ class AdapterService:
         finally:
             del self.progress[entry.name]
             if old is not None and old is not self.current.get(entry.name):
-                self.spawn(self.contents.retire(old))
+                self._retire(old)
             if stored is not None:
                 await self.contents.free(stored.digest)
 
@@ -333,10 +336,24 @@ class AdapterService:
         if entry.pinned and old != read.stored:
             await self._pins.move(entry, old)
 
-    def _forget(self, entry: AdapterEntry) -> ServedAdapter | None:
-        """Take the name away; what it stood for, to be retired."""
+    def _forget(self, entry: AdapterEntry) -> None:
+        """Take the name away. What it stood for ends with the requests that use it."""
         self.registry.remove(entry.name)
-        return self.contents.withdraw(entry.name)
+        if (served := self.contents.withdraw(entry.name)) is not None:
+            self._retire(served)
+
+    def _retire(self, served: ServedAdapter) -> asyncio.Task[None]:
+        """End what is not current any more, beside the requests; the same task for all who wait for that."""
+        retiring = self._retiring.get(served)
+        if retiring is None or retiring.done():
+            retiring = self._retiring[served] = self.spawn(self.contents.retire(served))
+        return retiring
+
+    async def _abort(self, name: str) -> None:
+        """End the requests that run with this name."""
+        running = [request_id for served in self.contents.of(name) for request_id in served.request_ids]
+        self.abort_elsewhere(running)
+        await self.runtime.abort(running)
 
     async def _set_pinned(self, entry: AdapterEntry, pinned: bool) -> None:
         if pinned and not entry.pinned:
