@@ -21,10 +21,12 @@ from hydraserve.errors import (
     UnknownAdapterError,
     UnreadableFileError,
 )
+from hydraserve.server.cards import adapter_card
 from hydraserve.server.keys import Principal
 from hydraserve.server.lifecycle.admission import Admission
 from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope
 from hydraserve.server.lifecycle.service import AdapterService
+from hydraserve.server.schemas import CONCERN_OTHERS
 
 Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
 Run = Callable[[Test], None]
@@ -283,3 +285,39 @@ def test_tenants(run: Run, versions: list[Path]) -> None:
         current_scope.reset(token)
 
     run(test)
+
+
+def test_a_tenant_is_told_nothing_of_others(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        admission, residency = Admission(service), await runtime.residency()
+        await service.add("b-secret", str(versions[0]))
+        recipe = Recipe((("b-secret", 2.0),)).source
+        entry, _ = await service.add("a-mix", recipe)
+        entry.failure = AdapterNotFoundError("x", where="s3://bucket/of-b")
+        assert "b-secret" in (adapter_card(service, entry, residency).source or "")
+        service.register("a-bad", str(versions[0].parent / "of-b"), Origin.API)
+        broken = UnreadableFileError("file", where="/store/of-b")
+        tenant = RequestScope(Principal("a", adapters=("a-*",)), told_all=False)
+        token = current_scope.set(tenant)
+        card = adapter_card(service, entry, residency)
+        assert {name for name, value in card if value is None} >= set(CONCERN_OTHERS)
+        assert card.version
+        for told in (card.model_dump_json(), await message(admission.ready("a-bad"), AdapterNotFoundError)):
+            assert "secret" not in told
+            assert "of-b" not in told
+        assert "head=9" in await message(admission.ready("a-mix@head=9"), UnknownAdapterError)
+        await service.cache.drop(entry.version.digest if entry.version else "")
+        runtime.failing = {entry.version.digest if entry.version else "": broken}
+        served = service.current["a-mix"]
+        told = await message(admission.admit(1, served.label, "r").__aenter__(), UnreadableFileError)
+        assert "of-b" not in told
+        current_scope.reset(token)
+        assert "of-b" in await message(admission.ready("a-bad"), AdapterNotFoundError)
+
+    run(test)
+
+
+async def message(work: Awaitable[object], kind: type[Exception]) -> str:
+    with pytest.raises(kind) as caught:
+        await work
+    return str(caught.value)

@@ -10,8 +10,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hydraserve.adapters.derive import split_derived
 from hydraserve.adapters.store import StoredAdapter
-from hydraserve.errors import UnknownAdapterError
+from hydraserve.errors import HydraServeError, UnknownAdapterError
 from hydraserve.server.keys import ANONYMOUS, Principal
 
 # Digits of the digest in `ServedAdapter.label`, which logs and metrics show.
@@ -164,10 +165,12 @@ class Kept(Protocol):
 class RequestScope:
     """What belongs to one HTTP request: who sent it, and which adapter its model name stood for.
 
-    found: name -> what another process said that it stands for, see `server.api_servers`.
+    told_all: whether its sender may know what concerns others: where adapters come from, and how they are used.
+    found:    name -> what another process said that it stands for, see `server.api_servers`.
     """
 
     principal: Principal = ANONYMOUS
+    told_all: bool = True
     adapter: Kept | None = None
     found: dict[str, Any] = field(default_factory=dict)
     _held: list[Kept] = field(default_factory=list)
@@ -216,6 +219,30 @@ class VisibleAdapters(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def told_all() -> bool:
+    """Whether the sender of the current request may know what concerns others."""
+    scope = current_scope.get()
+    return scope is None or scope.told_all
+
+
+@contextmanager
+def discreet(name: str) -> Iterator[None]:
+    """Errors about an adapter, as the sender of the current request may see them: they may say where it comes from, and
+    the names of adapters that it is made of."""
+    try:
+        yield
+    except HydraServeError as error:
+        is_senders_own = isinstance(error, UnknownAdapterError) and split_derived(name) is not None
+        if told_all() or is_senders_own:
+            raise
+        raise type(error)(
+            f"adapter {name!r}",
+            got="one that cannot be used at the moment",
+            expected="one that can",
+            fix="ask whoever runs this server, who is told the reason",
+        ) from error
 
 
 def may_see(name: str) -> bool:
