@@ -6,14 +6,18 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fake_runtime import FakeRuntime, MakeService
 
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.compose import Recipe
+from hydraserve.adapters.ingest import Ingester
 from hydraserve.adapters.registry import Origin
+from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.store import AdapterStore
+from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
@@ -257,6 +261,79 @@ def test_adapters_composed_of_each_other_do_not_wait_for_ever(run: Run, versions
         assert {type(error) for error in refused} <= {AdapterConflictError}, refused
         composed = [entry.name for entry in service.registry if entry.source == recipes[entry.name]]
         assert len(composed) == 2 - len(refused)
+
+    run(test)
+
+
+def test_the_digest_that_is_asked_for_has_to_be_there(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        source, wrong = str(versions[0]), digest(versions[1])
+        await service.add("a", source, digest=digest(versions[0]).upper())
+        service.register("unread", source, Origin.API)
+        recipe = Recipe((("a", 2.0),)).source
+        for name, where in (("a", source), ("unread", source), ("mix", recipe)):
+            with pytest.raises(AdapterConflictError, match=f"expected digest {wrong}"):
+                await service.add(name, where, digest=wrong)
+        with pytest.raises(AdapterConflictError, match="digest"):
+            await service.replace("a", digest=wrong)
+        assert {entry.name for entry in service.registry} == {"a", "unread"}
+        entry, is_new = await service.add("a", source, digest=digest(versions[0]))
+        assert (entry.name, is_new, list(runtime.host.values())) == ("a", False, [digest(versions[0])])
+
+    run(test)
+
+
+def test_what_cannot_be_derived_is_not_read_for_again(
+    run: Run, versions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = versions[0].parent / f"plain-{tmp_path.name}"
+    save_adapter(make_adapter({"model.layers.0.self_attn.q_proj": (64, 64)}, ("q_proj",), 4, 1, seed=1), plain)
+
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        await service.add("plain", str(plain))
+        derivations = Mock(side_effect=Ingester.derive)
+        monkeypatch.setattr(Ingester, "derive", lambda *args: derivations(*args))
+        for name in ("a@head=3", "a@head=9999", "a@top_k=0", "a@top_k=4", "plain@head=1", "plain@top_k=2"):
+            with pytest.raises(UnknownAdapterError, match="heads"):
+                await service.ready(name)
+        assert derivations.call_count == 0
+        for _ in range(3):
+            with pytest.raises(UnknownAdapterError, match="router"):
+                await service.ready("plain@uniform")
+        assert derivations.call_count == 1
+        await service.ready("a@head=2")
+        assert len(runtime.host) == 3
+
+    run(test)
+
+
+def test_an_adapter_is_derived_from_what_its_parent_is_by_then(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        lock = service._lock("a@uniform")
+        async with lock:  # somebody else is at it
+            deriving = asyncio.create_task(service.ready("a@uniform"))
+            while not service.tasks.running:
+                await asyncio.sleep(0)
+            await service.replace("a", str(versions[1]))
+            while digest(versions[0]) in runtime.host.values():
+                await asyncio.sleep(0)
+        await deriving
+        assert service.registry.get("a@uniform").source == f"{digest(versions[1])}@uniform"
+
+    run(test)
+
+
+def test_adapters_are_composed_of_derived_ones(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        await service.add("mix", Recipe((("a@head=0", 1.0), ("a@head=1", 0.5))).source)
+        assert {entry.name for entry in service.registry} == {"a", "a@head=0", "a@head=1", "mix"}
+        assert service.current["mix"].stored.rank == 8
+        with pytest.raises(UnknownAdapterError, match="head 7"):
+            await service.add("other", Recipe((("a@head=7", 1.0),)).source)
+        assert len(runtime.host) == 3
 
     run(test)
 

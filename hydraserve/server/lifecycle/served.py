@@ -27,6 +27,7 @@ class ServedAdapter:
     label:   unique for name and content; what the engine calls the adapter.
     request: vLLM's LoRARequest.
     removed: taken away by force: requests that have not begun are refused.
+    underivable: what cannot be derived from it, and why.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServedAdapter:
     adapter_id: int
     request: Any
     removed: bool = False
+    underivable: dict[str, UnknownAdapterError] = field(default_factory=dict)
     served: int = 0
     last_used: float | None = None
     _running: dict[object, str] = field(default_factory=dict)
