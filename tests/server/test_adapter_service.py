@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from fake_runtime import FakeRuntime, MakeService
+from fake_runtime import FakeRuntime, MakeService, stored
 
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.compose import Recipe
@@ -28,7 +28,7 @@ from hydraserve.errors import (
 from hydraserve.server.cards import adapter_card
 from hydraserve.server.keys import Principal
 from hydraserve.server.lifecycle.admission import Admission
-from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope
+from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope, label_of
 from hydraserve.server.lifecycle.service import AdapterService
 from hydraserve.server.schemas import CONCERN_OTHERS
 
@@ -336,6 +336,12 @@ def test_adapters_are_composed_of_derived_ones(run: Run, versions: list[Path]) -
         assert len(runtime.host) == 3
 
     run(test)
+
+
+def test_contents_whose_digests_begin_alike_are_told_apart() -> None:
+    one, other = stored("abcdefgh-1"), stored("abcdefgh-2")
+    assert one.digest[:12] == other.digest[:12]
+    assert label_of("a", one.digest) != label_of("a", other.digest)
 
 
 def test_tenants(run: Run, versions: list[Path]) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import fsspec  # type: ignore[import-untyped]
 
 from hydraserve.adapters.archives import is_archive
+from hydraserve.adapters.files import is_full, unwritable, writing
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.locate import ARGUMENTS_NAMES, CONFIG_NAME, OTHER_WEIGHTS_NAME, TRAINER_NAMES, WEIGHTS_NAMES
 from hydraserve.adapters.sources.cache import DownloadCache
@@ -61,12 +62,15 @@ def fetch_remote(source: str, policy: SourcePolicy, scratch: Path, progress: Pro
     """See `sources.fetch`."""
     check_remote(source, policy)
     folder = scratch / "download"
-    folder.mkdir()
-    remote = _Remote(source, policy.limits)
+    with writing(scratch):
+        folder.mkdir()
+    remote = _Remote(source, policy.limits, folder)
     files = remote.retry(remote.list_files)
     progress.total = sum(file.size or 0 for file in files)
     key = remote.key(files)
-    if key is None or not cache.take(key, folder):
+    with writing(scratch):
+        taken = key is not None and cache.take(key, folder)
+    if not taken:
         for file in files:
             before = progress.done
             remote.retry(partial(remote.download, file, folder, progress, before))
@@ -90,10 +94,10 @@ def check_remote(source: str, policy: SourcePolicy) -> None:
 
 
 class _Remote:
-    """One source, while it is fetched."""
+    """One source, while it is fetched into a folder."""
 
-    def __init__(self, source: str, limits: AdapterLimits) -> None:
-        self._shown, self._limits = without_secrets(source), limits
+    def __init__(self, source: str, limits: AdapterLimits, folder: Path) -> None:
+        self._shown, self._limits, self._folder = without_secrets(source), limits, folder
         self._source = source
         self._url = self.retry(partial(pinned, source)) if split_scheme(source)[0] == "hf" else source
         self._fs, self._path = self._file_system()
@@ -196,6 +200,8 @@ class _Remote:
             except PermissionError as error:
                 raise self._failed(self._scrub(error), "permission to read it") from error
             except Exception as error:  # each file system has its own
+                if is_full(error):
+                    raise unwritable(self._folder, error) from error
                 if attempt == _ATTEMPTS:
                     if isinstance(error, SourceError):
                         raise

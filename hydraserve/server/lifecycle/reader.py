@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydraserve.adapters.compose import Recipe, router_folder
+from hydraserve.adapters.files import writing
 from hydraserve.adapters.ingest import Ingester
 from hydraserve.adapters.sources import DownloadCache, Progress, SourcePolicy, fetch, without_secrets
 from hydraserve.adapters.store import AdapterStore, StoredAdapter
@@ -98,7 +99,8 @@ class AdapterReader:
                 await asyncio.to_thread(self._store.remove, digest)
 
     async def _fetch_and_read(self, source: str, progress: Progress, trusted: bool) -> StoredAdapter:
-        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch))
+        with writing(self._scratch):
+            scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch))
         try:
             folder = Path(source) if trusted else await asyncio.to_thread(self._fetch, source, scratch, progress)
             async with self._lock:

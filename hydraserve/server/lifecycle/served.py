@@ -15,9 +15,6 @@ from hydraserve.adapters.store import StoredAdapter
 from hydraserve.errors import HydraServeError, UnknownAdapterError
 from hydraserve.server.keys import ANONYMOUS, Principal
 
-# Digits of the digest in `ServedAdapter.label`, which logs and metrics show.
-_SHORT_DIGEST = 12
-
 
 @dataclass(eq=False)
 class ServedAdapter:
@@ -146,8 +143,8 @@ class ServedAdapter:
 
 
 def label_of(name: str, digest: str) -> str:
-    """What the engine calls an adapter: names cannot hold '@'."""
-    return f"{name}@{digest[:_SHORT_DIGEST]}"
+    """What the engine calls an adapter. With all of the digest: contents whose digests begin alike can be made."""
+    return f"{name}@{digest}"
 
 
 def name_of(label: str) -> str:
