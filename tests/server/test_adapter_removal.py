@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from select import select
 
 import pytest
 from fake_runtime import FakeRuntime, MakeService
 
-from hydraserve.errors import UnknownAdapterError
+from hydraserve.adapters.sources import Progress
+from hydraserve.errors import AdapterConflictError, UnknownAdapterError
 from hydraserve.server.lifecycle.admission import Admission
+from hydraserve.server.lifecycle.reader import AdapterReader
 from hydraserve.server.lifecycle.served import ServedAdapter
 from hydraserve.server.lifecycle.service import AdapterService
 
@@ -141,6 +144,31 @@ def test_requests_whose_adapter_is_being_loaded_are_refused(run: Run, versions: 
         runtime.gate.set()
         await removing
         assert runtime.host == {}
+
+    run(test)
+
+
+def test_a_download_does_not_keep_its_removal_waiting(
+    run: Run, versions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*arguments: object) -> Path:
+        progress = arguments[-1]
+        assert isinstance(progress, Progress)
+        while not progress.stopped:
+            select((), (), (), 0.001)
+        raise AdapterConflictError("download", got="no wish for it")
+
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        monkeypatch.setattr(AdapterReader, "_fetch", download)
+        adding = asyncio.create_task(service.add("a", str(versions[0])))
+        while "a" not in service.progress:
+            await asyncio.sleep(0)
+        await service.remove("a")
+        with pytest.raises(AdapterConflictError):
+            await adding
+        with pytest.raises(UnknownAdapterError):
+            await service.remove("a")
+        assert (len(service.registry), runtime.host) == (0, {})
 
     run(test)
 

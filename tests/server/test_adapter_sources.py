@@ -22,6 +22,7 @@ from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.sources import DownloadCache, Progress, SourcePolicy, fetch, without_secrets
 from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.errors import (
+    AdapterConflictError,
     AdapterNotFoundError,
     HydraServeError,
     LimitError,
@@ -131,6 +132,13 @@ def test_too_large_a_file_is_refused_before_it_is_read_or_while(adapter: Path, g
 def test_a_full_disk_is_not_the_sources_fault(http: tuple[str, Any], get: Any) -> None:
     with full_disk(10_000), pytest.raises(StorageError, match="make room"):
         get(f"{http[0]}/sql")
+
+
+def test_a_download_that_is_not_wanted_any_more_ends(http: tuple[str, Any], tmp_path: Path) -> None:
+    policy, cache = SourcePolicy.of(["http://"]), DownloadCache(tmp_path / "cache")
+    with pytest.raises(AdapterConflictError, match="removal"):
+        fetch(f"{http[0]}/sql", policy, tmp_path, Progress(stopped=True), cache)
+    assert list((tmp_path / "download").iterdir()) == []
 
 
 def test_a_download_that_another_process_takes_away_is_no_error(

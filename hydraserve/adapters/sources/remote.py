@@ -22,7 +22,13 @@ from hydraserve.adapters.sources.cache import DownloadCache
 from hydraserve.adapters.sources.hub import pinned
 from hydraserve.adapters.sources.policy import SourcePolicy, split_scheme, without_secrets
 from hydraserve.adapters.sources.progress import Progress
-from hydraserve.errors import AdapterNotFoundError, LimitError, SourceError, SourceForbiddenError
+from hydraserve.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    LimitError,
+    SourceError,
+    SourceForbiddenError,
+)
 
 _ATTEMPTS = 3
 _FIRST_PAUSE_S = 0.5
@@ -166,6 +172,8 @@ class _Remote:
         try:
             with self._fs.open(file.path, "rb", **self._how(file)) as stream, target.open("wb") as out:
                 while block := stream.read(min(_BLOCK, (file.size or limit) - size + 1)):
+                    if progress.stopped:
+                        raise self._stopped()
                     size += len(block)
                     self._limits.check(f"size of {file.name}", size, limit, unit=" bytes")
                     out.write(block)
@@ -193,7 +201,7 @@ class _Remote:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return work()
-            except (LimitError, SourceForbiddenError, AdapterNotFoundError):
+            except (LimitError, SourceForbiddenError, AdapterNotFoundError, AdapterConflictError):
                 raise
             except FileNotFoundError as error:
                 raise self._missing(self._scrub(error)) from error
@@ -217,6 +225,14 @@ class _Remote:
 
     def _failed(self, got: str, expected: str) -> SourceError:
         return SourceError(f"source {self._shown}", got=got, expected=expected, fix="check the source and try again")
+
+    def _stopped(self) -> AdapterConflictError:
+        return AdapterConflictError(
+            f"source {self._shown}",
+            got="the removal of its adapter during the download",
+            expected="an adapter that is wanted",
+            fix="load it again",
+        )
 
     def _missing(self, got: str) -> AdapterNotFoundError:
         return AdapterNotFoundError(

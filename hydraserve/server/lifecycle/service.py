@@ -157,7 +157,7 @@ class AdapterService:
             return entry, False
 
     async def remove(self, name: str, *, force: bool = False, wait: bool = True, origin: Origin = Origin.API) -> None:
-        """Stop serving an adapter, and free all it took once its requests have ended.
+        """Stop serving an adapter, or downloading it, and free all it took once its requests have ended.
 
         force: end them now; their clients get what was generated so far.
         wait:  return only then.
@@ -165,10 +165,14 @@ class AdapterService:
         Raises UnknownAdapterError, and AdapterConflictError for an adapter that `origin` cannot take away.
         """
         refuse_directorys(self.registry.get(name), origin)
-        lock = self._lock(name)
+        lock, progress = self._lock(name), self.progress.get(name)
+        if progress is not None:
+            progress.stopped = True
         if force and lock.locked():  # perhaps by a pin that waits for these requests to end
             await self._abort(name)
         async with lock:
+            if progress is not None and self.registry.find(name) is None:
+                return  # it went with its download
             entry = self.registry.get(name)
             refuse_directorys(entry, origin)
             if entry.pinned:
