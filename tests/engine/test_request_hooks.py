@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from vllm import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from hydraserve.engine import compat
 from hydraserve.engine.client import EngineAdapters, add_request, generate, salted
 from hydraserve.errors import InvalidRequestError
 
@@ -100,3 +105,32 @@ def test_what_a_client_gives_is_never_the_salt_of_a_key() -> None:
     assert salted("?", None) == "?"
     inner = salted({"type": "enc_dec", "encoder_prompt": {}, "decoder_prompt": {"prompt": "?"}}, "5a17")
     assert inner["decoder_prompt"]["cache_salt"] == isolated
+
+
+def test_vllms_engine_goes_through_the_hooks() -> None:
+    compat.apply()
+    engine = object.__new__(AsyncLLM)
+    engine.engine_core = Mock(**{"resources.engine_dead": True})
+    engine.log_requests = False
+    hooks = engine.hydra_adapters.hooks = Mock(**{"cache_salt.return_value": None})
+    seen: list[bool] = []
+    hooks.admit.side_effect = lambda *_: seen_by(lambda: seen.append("r1" in engine.hydra_adapters._entered))
+
+    async def run() -> None:
+        with pytest.raises(EngineDeadError):
+            await engine.add_request("r1", {"type": "token", "prompt_token_ids": [1]}, SamplingParams())
+        request = engine.hydra_adapters.request("a@1", 1, "/x")
+        prompt = {"type": "token", "prompt_token_ids": [1]}
+        with pytest.raises(EngineDeadError):
+            await anext(engine.generate(prompt, SamplingParams(), "r1", lora_request=request))
+        assert hooks.admit.call_args.args == (1, "a@1", "r1")
+        assert seen == [True]
+        assert not engine.hydra_adapters.is_to_end("r1")
+
+    asyncio.run(run())
+
+
+@asynccontextmanager
+async def seen_by(note: Callable[[], None]) -> AsyncIterator[None]:
+    note()
+    yield
