@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from hydraserve.adapters.files import JsonError, open_regular, parse_object, unreadable
+from hydraserve.adapters.files import JsonError, is_full, open_regular, parse_object, unreadable, unwritable, writing
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.locate import CONFIG_NAME, SAFETENSORS_NAME
 from hydraserve.errors import AdapterNotFoundError, UnreadableFileError, UnsafeFileError
@@ -54,13 +54,18 @@ def opened(path: Path, limits: AdapterLimits, temporary: Path) -> Iterator[Path]
     if not path.is_file():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=temporary) as folder:
+    with writing(temporary):
+        unpacked = tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=temporary)
+    with unpacked as folder:
         unpack(path, Path(folder), limits)
         yield _only_folder(Path(folder))
 
 
 def unpack(archive: Path, folder: Path, limits: AdapterLimits) -> None:
-    """Unpack an archive into an empty folder. Raises UnsafeFileError, UnreadableFileError, LimitError."""
+    """Unpack an archive into an empty folder.
+
+    Raises UnsafeFileError, UnreadableFileError, LimitError; StorageError when the folder's disk is full.
+    """
     name = archive.name.lower()
     with open_regular(archive) as file:
         limits.check(f"size of {archive.name}", file.seek(0, 2), limits.file_bytes, unit=" bytes")
@@ -78,7 +83,7 @@ def unpack(archive: Path, folder: Path, limits: AdapterLimits) -> None:
         except RecursionError as error:
             raise _unsafe(archive.name, "headers nested without end") from error
         except OSError as error:
-            raise unreadable(archive, error) from error
+            raise (unwritable(folder, error) if is_full(error) else unreadable(archive, error)) from error
 
 
 class _Bounded(io.RawIOBase):

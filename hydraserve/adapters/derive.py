@@ -28,6 +28,17 @@ def split_derived(name: str) -> tuple[str, str] | None:
     return (parent, spec) if at and parent and _SPEC.fullmatch(spec) else None
 
 
+def check_spec(spec: str, heads: int) -> None:
+    """Raises UnknownAdapterError for what cannot be derived from any adapter of at most `heads` heads."""
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise _unknown(spec, f"{spec!r}", _EXPECTED)
+    if match["kind"] == "head" and int(match["number"]) >= heads:
+        raise _unknown(spec, f"head {match['number']}", f"0 to {heads - 1}, the adapter's heads")
+    if match["kind"] == "top_k" and not 1 <= int(match["number"]) <= heads:
+        raise _unknown(spec, f"top_k={match['number']}", f"1 to {heads}, the adapter's heads")
+
+
 def derive(adapter: HydraAdapter, spec: str) -> HydraAdapter:
     """The adapter that `spec` ("head=2", "top_k=1", "uniform") makes of `adapter`.
 
@@ -43,9 +54,9 @@ def derive(adapter: HydraAdapter, spec: str) -> HydraAdapter:
 
 
 def _change(adapter: HydraAdapter, spec: str) -> Callable[[str, HydraWeights], HydraWeights]:
+    check_spec(spec, adapter.heads)
     match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise _unknown(spec, f"{spec!r}", _EXPECTED)
+    assert match is not None
     if not any(layout.has_router for layout in adapter.layouts):
         raise _unknown(spec, "an adapter without a router", "an adapter whose heads a router mixes")
     if match["kind"] is None:
@@ -53,8 +64,6 @@ def _change(adapter: HydraAdapter, spec: str) -> Callable[[str, HydraWeights], H
     number = int(match["number"])
     if match["kind"] == "head":
         return lambda path, weights: _one_head(path, weights, number)
-    if not 1 <= number <= adapter.heads:
-        raise _unknown(spec, f"top_k={number}", f"1 to {adapter.heads}, the adapter's heads")
     return lambda _, weights: _top_k(weights, number)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hydraserve.errors import AdapterNotFoundError, UnreadableFileError
+from hydraserve.errors import AdapterNotFoundError, StorageError, UnreadableFileError
+
+# Of a disk that takes no more, or of a file that the process may not make any larger.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -37,6 +43,30 @@ def unreadable(path: Path, error: OSError) -> UnreadableFileError:
         expected="a readable file",
         fix="check the file and its permissions",
     )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk takes no more."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def unwritable(folder: Path, error: BaseException) -> StorageError:
+    """The typed error for a folder of this server's own that the operating system does not let us write."""
+    return StorageError(
+        f"folder {folder}",
+        got=getattr(error, "strerror", None) or str(error),
+        expected="a folder that can be written",
+        fix="make room on its disk",
+    )
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around work in a folder of this server's own. Raises StorageError when the operating system fails it."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 class JsonError(ValueError):

@@ -37,6 +37,7 @@ class AdapterEntry:
     """One name that requests may use.
 
     source:       where its files come from, as it was given.
+    given:        the source on the command line, which may be anywhere; None for entries of other origins.
     version:      what is served under the name; None while nothing has been read yet.
     failure:      why the last reading failed, and `failed_at` when, by the monotonic clock.
     load_seconds: how long fetching, reading and checking took.
@@ -46,6 +47,7 @@ class AdapterEntry:
     name: str
     source: str
     origin: Origin
+    given: str | None = None
     pinned: bool = False
     version: StoredAdapter | None = None
     failure: HydraServeError | None = None
@@ -163,8 +165,8 @@ class Journal:
             name,
             source,
             Origin.API,
-            bool(pinned),
-            stored,
+            pinned=bool(pinned),
+            version=stored,
             load_seconds=load_seconds,
             read_at=read_at,
             registered_at=registered_at,

@@ -55,7 +55,7 @@ class RequestHooks(Protocol):
         all that time. `adapter` is the name that `AdapterRuntime.request` was given."""
 
     def cache_salt(self) -> str | None:
-        """What keeps the current request's prefix cache apart from others', or None."""
+        """What keeps the current request's prefix cache apart from others', in hexadecimal, or None."""
 
 
 class AdapterRuntime(Protocol):

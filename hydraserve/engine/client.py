@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from typing import Any
 
 from hydra_kernels import SlotCapacity
@@ -13,10 +13,12 @@ from vllm.utils.counter import AtomicCounter
 
 from hydraserve import errors
 from hydraserve.adapters.runtime import EngineSizes, RequestHooks, Residency
-from hydraserve.errors import EngineError, HydraServeError
+from hydraserve.errors import EngineError, HydraServeError, InvalidRequestError
 
 # Seconds between two questions whether a load has ended: short at first, as most take a few milliseconds.
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.005, 0.05
+# In place of a key's salt, which is hexadecimal.
+_NO_KEY = "-"
 
 
 class EngineAdapters:
@@ -27,6 +29,7 @@ class EngineAdapters:
         self._ids = AtomicCounter(0)
         self._loads: dict[int, _Load] = {}
         self._poller: asyncio.Task[None] | None = None
+        self._entered: dict[str, bool] = {}  # requests in `generate` -> whether they are to end
         self.hooks: RequestHooks | None = None
 
     @property
@@ -95,7 +98,22 @@ class EngineAdapters:
         )
 
     async def abort(self, request_ids: Iterable[str]) -> None:
-        await self._engine.abort(list(request_ids))
+        ids = list(request_ids)
+        self._entered |= dict.fromkeys(self._entered.keys() & ids, True)
+        await self._engine.abort(ids)
+
+    @contextmanager
+    def entered(self, request_id: str) -> Iterator[None]:
+        """For as long as a request may be on its way into the engine, which does not know it yet."""
+        self._entered[request_id] = False
+        try:
+            yield
+        finally:
+            self._entered.pop(request_id, None)
+
+    def is_to_end(self, request_id: str) -> bool:
+        """Whether `abort` was called for a request since it has entered."""
+        return self._entered.get(request_id, False)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """The answers of all workers of all engines."""
@@ -157,14 +175,47 @@ async def generate(
 ) -> AsyncGenerator[Any, None]:
     """`original` (AsyncLLM.generate or .encode) with the server's hooks around it."""
     hooks: RequestHooks | None = engine.hydra_adapters.hooks
-    salt = hooks.cache_salt() if hooks is not None else None
-    if salt is not None and isinstance(prompt, dict):
-        prompt = {**prompt, "cache_salt": f"{salt}:{prompt.get('cache_salt') or ''}"}
+    if hooks is not None:
+        prompt = salted(prompt, hooks.cache_salt())
     admission: AbstractAsyncContextManager[None] = nullcontext()
     if hooks is not None and lora_request is not None:
         admission = hooks.admit(lora_request.lora_int_id, lora_request.lora_name, request_id)
-    async with admission:
-        outputs = original(engine, prompt, params, request_id, lora_request=lora_request, **kwargs)
-        async with aclosing(outputs):  # a client that goes away: abort first, and only then leave the admission
-            async for output in outputs:
-                yield output
+    with engine.hydra_adapters.entered(request_id):
+        async with admission:
+            outputs = original(engine, prompt, params, request_id, lora_request=lora_request, **kwargs)
+            async with aclosing(outputs):  # a client that goes away: abort first, and only then leave the admission
+                async for output in outputs:
+                    yield output
+
+
+async def add_request(
+    original: Callable[..., Awaitable[Any]], engine: Any, request_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`original` (AsyncLLM.add_request), for requests that may have been aborted before the engine knew them."""
+    queue = await original(engine, request_id, *args, **kwargs)
+    if engine.hydra_adapters.is_to_end(request_id):
+        await engine.abort(request_id)
+    return queue
+
+
+def salted(prompt: Any, salt: str | None) -> Any:
+    """The prompt with the salt of its sender's key, see `RequestHooks.cache_salt`.
+
+    What a client gives itself is kept apart from the salts of keys: it could be another one's.
+
+    Raises InvalidRequestError for a prompt that takes no salt, when it needs one.
+    """
+    if isinstance(prompt, Mapping) and "decoder_prompt" in prompt:  # vLLM looks for the salt there
+        return {**prompt, "decoder_prompt": salted(prompt["decoder_prompt"], salt)}
+    if isinstance(prompt, Mapping):
+        own = prompt.get("cache_salt")
+        if salt is not None or own:
+            return {**prompt, "cache_salt": f"{salt or _NO_KEY}:{own or ''}"}
+    elif salt is not None:
+        raise InvalidRequestError(
+            what="prompt",
+            got="one that comes in parts",
+            expected="a whole prompt, from a key whose prefix cache is its own",
+            fix="use another route, or a key that is not isolated",
+        )
+    return prompt

@@ -202,9 +202,11 @@ def _admit_requests_through_hooks() -> None:
     """Cause: the engine loads a request's adapter inside its loop, and nothing says which requests use which adapter.
     The server has to hold a request back until its adapter is in host memory, and an adapter until its requests end.
 
+    And an abort does nothing for a request that is on its way into the engine.
+
     Remove when: AsyncLLM has hooks around a request, and loads adapters beside its loop.
     """
-    from hydraserve.engine.client import EngineAdapters, generate
+    from hydraserve.engine.client import EngineAdapters, add_request, generate
 
     engine = _symbol(importlib.import_module("vllm.v1.engine.async_llm"), "AsyncLLM")
     if hasattr(engine, "hydra_adapters"):
@@ -213,6 +215,7 @@ def _admit_requests_through_hooks() -> None:
     engine.hydra_adapters.__set_name__(engine, "hydra_adapters")
     for name in ("generate", "encode"):
         setattr(engine, name, partialmethod(partial(generate, _symbol(engine, name))))
+    engine.add_request = partialmethod(partial(add_request, _symbol(engine, "add_request")))
 
 
 def _wait_before_names_are_looked_up() -> None:

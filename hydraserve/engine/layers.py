@@ -94,6 +94,25 @@ class HydraLinear(BaseLayerWithLoRA):
         self.lora_a_stacked = tuple(shape_only(max_loras, 1, rank, self.input_size) for _ in self.output_slices)
         self.lora_b_stacked = tuple(shape_only(max_loras, 1, out, rank) for out in self.output_slices)
 
+    def check(self, parts: Sequence[HydraWeights | None]) -> None:
+        """Raises ValueError when weights, as they are before ranks take their parts, have not this layer's sizes."""
+        in_features, slices = int(self.base_layer.input_size), list(self._whole_slices())
+        for part in parts:
+            out_features = slices.pop(0) if slices else 0
+            while part is not None and out_features < part.out_features and slices:  # see `_split_parts`
+                out_features += slices.pop(0)
+            if part is not None and (part.in_features, part.out_features) != (in_features, out_features):
+                raise ValueError(
+                    f"{part.in_features} inputs and {part.out_features} outputs for {in_features} and {out_features}"
+                )
+
+    def _whole_slices(self) -> Sequence[int]:
+        """Output sizes of the slices, of all ranks together."""
+        sizes = getattr(self.base_layer, "output_sizes", None) or [self.base_layer.output_size]
+        # Where ranks share heads of K and V, vLLM counts those once for each rank.
+        replicas = getattr(self.base_layer, "num_kv_head_replicas", 1)
+        return [size if i == 0 else size // replicas for i, size in enumerate(sizes)]
+
     def _slot_slices(self) -> Sequence[int]:
         """Output sizes of the slots' slices on this rank."""
         return self.output_slices

@@ -27,7 +27,7 @@ from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
 from hydraserve.engine.options import EngineOptions
 from hydraserve.engine.routing import RoutingRecorder, SlotEvents
 from hydraserve.engine.worker import AdapterLoader
-from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError
+from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError, BaseShapeError
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,24 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
 
     def pack(self, lora_model: HydraLoRAModel) -> None:
         """Bring the adapter's modules into the form that `add_adapter` takes. Reads only what never changes, so it
-        may run in any thread."""
+        may run in any thread.
+
+        Raises BaseShapeError when a module has another size in this model: content that an earlier run of the server
+        has stored may have been checked against another one, and a step that finds out ends the engine.
+        """
         self._create_merged_loras_inplace(lora_model)
+        for name, weights in lora_model.loras.items():
+            module = self.modules.get(name)
+            try:
+                if isinstance(module, HydraLinear):
+                    module.check(weights.parts)
+            except ValueError as e:
+                raise BaseShapeError(
+                    what=f"adapter {lora_model.source}: module {name}",
+                    got=f"weights of {e}",
+                    expected="an adapter for the base model of this server",
+                    fix="remove it, or start the server with the base model that it was trained for",
+                ) from e
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """As vLLM's, but the slot is emptied as well: on the CPU it holds memory of the adapter's size."""
@@ -207,9 +223,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
         Raises AdapterError's subclasses.
         """
-        lora = self._to_model(read_stored(path, digest), adapter_id)
-        self._adapter_manager.pack(lora)
-        return lora
+        return self._to_model(read_stored(path, digest), adapter_id)
 
     def keep(self, lora: HydraLoRAModel) -> None:
         """Hold an adapter in host memory. The server makes room first; should there be none, the oldest one goes."""
@@ -285,11 +299,12 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return self._to_model(adapter, lora_request.lora_int_id)
 
     def _to_model(self, adapter: HydraAdapter, adapter_id: int) -> HydraLoRAModel:
-        """Raises LimitError or BaseMismatchError when this model cannot take the adapter."""
+        """Ready for `keep`. Raises LimitError or BaseMismatchError when this model cannot take the adapter."""
         check_capacity(adapter, self.options.capacity)
         mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
         if mapper is not None:
             mapper = mapper.get_rename_mapper()
         lora = to_lora_model(adapter, adapter_id, resolved_dtype(self.lora_config), mapper)
         self._adapter_manager.check(lora)
+        self._adapter_manager.pack(lora)
         return lora

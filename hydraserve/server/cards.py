@@ -5,15 +5,16 @@ from __future__ import annotations
 from hydraserve.adapters.registry import AdapterEntry
 from hydraserve.adapters.runtime import Residency
 from hydraserve.adapters.sources import without_secrets
+from hydraserve.server.lifecycle.served import told_all
 from hydraserve.server.lifecycle.service import AdapterService
-from hydraserve.server.schemas import AdapterCard, AdapterState, ProgressCard, ResidencyCard
+from hydraserve.server.schemas import CONCERN_OTHERS, AdapterCard, AdapterState, ProgressCard, ResidencyCard
 
 
 def adapter_card(service: AdapterService, entry: AdapterEntry, residency: Residency) -> AdapterCard:
-    """One adapter, as it is now."""
+    """One adapter, as it is now, as far as the sender of the current request may know."""
     served, version = service.current.get(entry.name), entry.version
     progress = service.progress.get(entry.name)
-    return AdapterCard(
+    card = AdapterCard(
         name=entry.name,
         source=without_secrets(entry.source),
         origin=entry.origin,
@@ -36,6 +37,7 @@ def adapter_card(service: AdapterService, entry: AdapterEntry, residency: Reside
         progress=ProgressCard(done=progress.done, total=progress.total) if progress else None,
         error=str(entry.failure) if entry.failure else None,
     )
+    return card if told_all() else card.model_copy(update=dict.fromkeys(CONCERN_OTHERS))
 
 
 def residency_card(service: AdapterService, residency: Residency) -> ResidencyCard:

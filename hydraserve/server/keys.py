@@ -187,6 +187,8 @@ def parse_key_file(text: str) -> dict[str, Principal]:
         isolated = true                    # a prefix cache of its own; default: false
         requests_per_minute = 600          # default: no limit
 
+    Without any key it holds the line `key = []`: an empty file may be one that is just being written.
+
     Raises ConfigError.
     """
     try:
@@ -194,8 +196,8 @@ def parse_key_file(text: str) -> dict[str, Principal]:
     except tomllib.TOMLDecodeError as error:
         raise _bad("key file", error, "TOML") from error
     entries = content.get("key")
-    if not isinstance(entries, list) or set(content) != {"key"}:
-        raise _bad("key file", f"the tables {sorted(content)}", "[[key]] tables only")
+    if not isinstance(entries, list) or set(content) != {"key"} or not all(isinstance(e, dict) for e in entries):
+        raise _bad("key file", f"the fields {sorted(content)}", "[[key]] tables only, or key = [] for none")
     principals: dict[str, Principal] = {}
     for entry in entries:
         digest, principal = _parse_key(entry)

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hydraserve.errors import RequestError
 from hydraserve.server.errors import error_response
-from hydraserve.server.keys import Principal
+from hydraserve.server.keys import Principal, Role
 from hydraserve.server.lifecycle.served import RequestScope, current_scope
 from hydraserve.server.security import Caller, Gate, is_counted
 
@@ -43,7 +43,8 @@ class RequestMiddleware:
             else:
                 await error_response(error)(scope, receive, send)
             return
-        request = RequestScope(principal)
+        # Without tenants, whoever may send requests may know all that there is to know.
+        request = RequestScope(principal, told_all=principal.role is Role.ADMIN or not self._gate.keys.has_tenants)
 
         async def send_with_adapter(message: Message) -> None:
             if message["type"] == "http.response.start" and request.adapter is not None:

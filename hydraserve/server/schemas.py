@@ -95,7 +95,7 @@ class ProgressCard(BaseModel):
 
 
 class AdapterCard(BaseModel):
-    """One adapter. Fields of its content are null while it was never read.
+    """One adapter. Fields of its content are null while it was never read, and those of CONCERN_OTHERS for a tenant.
 
     version:   SHA-256 of its content.
     modules:   last components of the adapted layers' names; module_count: how many layers.
@@ -105,7 +105,7 @@ class AdapterCard(BaseModel):
 
     object: Literal["adapter"] = "adapter"
     name: str
-    source: str
+    source: str | None
     origin: str
     state: AdapterState
     pinned: bool
@@ -118,13 +118,17 @@ class AdapterCard(BaseModel):
     bytes: int | None
     dtypes: list[str] | None
     base_model: str | None
-    requests_running: int
-    requests_served: int
+    requests_running: int | None
+    requests_served: int | None
     last_used: float | None
     loaded_at: float | None
     load_seconds: float | None
     progress: ProgressCard | None
     error: str | None
+
+
+# A recipe or an error names other adapters, folders and buckets; an adapter may be used by others as well.
+CONCERN_OTHERS = ("source", "error", "requests_running", "requests_served", "last_used")
 
 
 class ResidencyCard(BaseModel):

@@ -121,10 +121,11 @@ class Gate:
         return principal
 
     def _admit_operator(self, principal: Principal | None, path: str) -> Principal:
-        """vLLM's other routes (sleep, pause, profile ...): for administrators, where there are keys for them."""
+        """vLLM's other routes (sleep, pause ...): for administrators, if there are keys for them, or tenants."""
         if principal is None and (self.keys.has_admin_key or self.keys.has_inference_keys):
             raise _no_key("a key of this server")
-        if principal is not None and principal.role is not Role.ADMIN and self.keys.has_admin_key:
+        needs_admin = self.keys.has_admin_key or self.keys.has_tenants
+        if principal is not None and principal.role is not Role.ADMIN and needs_admin:
             raise _forbidden(principal, f"use {path}")
         return principal or ANONYMOUS
 

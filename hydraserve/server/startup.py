@@ -68,7 +68,7 @@ class AdapterServer:
     def _follow(self, service: AdapterService, folder: Path) -> None:
         directory = AdapterDirectory(service, folder)
         directory.register()
-        service.spawn(directory.watch())
+        service.tasks.spawn(directory.watch())
 
     async def close(self) -> None:
         """End what runs beside the requests, and remove what is not to be kept."""

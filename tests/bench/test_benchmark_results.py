@@ -49,6 +49,16 @@ def test_result_files_say_where_they_come_from() -> None:
         assert not any(path in file.read_text() for path in ("/home", "/root", "/tmp")), file
 
 
+def test_what_is_promised_of_adapters_that_come_and_go_was_measured() -> None:
+    results = {
+        file.stem: json.loads(file.read_text())["result"] for file in benchmarks.RESULTS.glob("lifecycle_*.json")
+    }
+    assert len(results) >= 5
+    assert [name for name, result in results.items() if result["met"] is not True] == []
+    ratio = results["lifecycle_stall"]["loading_over_quiet"]["p99"]
+    assert ratio <= results["lifecycle_stall"]["target"] == 1.5
+
+
 def test_every_target_has_its_measurement() -> None:
     for target in targets.TARGETS:
         arguments = benchmarks.BENCH[target.file][1].split()

@@ -193,10 +193,13 @@ def test_removal_waits_for_running_requests_or_ends_them(
     assert len(running.got) == 151
 
     client.add("leaving", versions[0])
-    running = Stream(server.url, "leaving", 3000)
+    streams = [Stream(server.url, "leaving", 3000)]
+    client.replace("leaving", versions[1])
+    streams.append(Stream(server.url, "leaving", 3000))
     client.remove("leaving", force=True)
-    running.join(5)
-    assert (running.got[-1], len(running.got) < 3000) == ("abort", True), f"{len(running.got)} tokens"
+    for running in streams:  # also that of the version before
+        running.join(5)
+        assert (running.got[-1], len(running.got) < 3000) == ("abort", True), f"{len(running.got)} tokens"
 
 
 def test_after_removal_memory_and_blocks_are_back(client: AdapterClient, versions: list[Path]) -> None:
@@ -241,6 +244,22 @@ def test_pinned_adapters_keep_their_slot(client: AdapterClient, versions: list[P
     assert answers == [200] * (SLOTS - 2) + [409], "one slot has to stay for the others"
     assert client.complete(f"other-{HOST}", PROMPTS[0], 2).status == 200
     assert client.http.post("/v1/adapters/kept/unpin").json()["pinned"] is False
+
+
+def test_a_pin_waits_for_streams_that_use_all_slots(
+    server: ServerProcess, client: AdapterClient, versions: list[Path]
+) -> None:
+    for i in range(SLOTS + 1):
+        client.add(f"s{i}", versions[i])
+    running = [Stream(server.url, f"s{i}", 400) for i in range(SLOTS)]
+    pinned = client.http.post(f"/v1/adapters/s{SLOTS}/pin").json()
+    assert (pinned["pinned"], pinned["state"]) == (True, "slot")
+    replaced = client.replace(f"s{SLOTS}", versions[SLOTS + 1])
+    assert (replaced["pinned"], replaced["state"]) == (True, "slot")
+    for stream in running:
+        stream.join(60)
+        assert (len(stream.got), stream.got[-1]) == (401, "length")
+    assert client.complete(f"s{SLOTS}", PROMPTS[0], 2).status == 200
 
 
 def test_prefetch_brings_an_adapter_into_host_memory(client: AdapterClient, versions: list[Path]) -> None:
@@ -317,9 +336,9 @@ class Load:
                 case 0 | 1:
                     response = await http.delete(path, params={"wait": rng.random() < 0.5})
                     ok = (200, 202, 404)
-                case 2:
-                    response = await http.post(f"{path}/{rng.choice(['prefetch', 'unpin'])}")
-                    ok = (200, 404)
+                case 2 | 3:
+                    response = await http.post(f"{path}/{rng.choice(['prefetch', 'pin', 'unpin', 'unpin'])}")
+                    ok = (200, 404, 409)  # 409: all slots but one are pinned
                 case _:
                     response = await http.put(path, json={"source": source})
                     ok = (200, 201)
@@ -365,5 +384,7 @@ def test_more_adapters_than_slots_wait_about_equally(
 
     asyncio.run(run())
     everything = [wait for times in waits.values() for wait in times]
-    assert max(everything) < 6.0, f"longest {max(everything):.2f} s, mean {statistics.mean(everything):.2f} s"
+    longest, mean = max(everything), statistics.mean(everything)
+    print(f"{len(everything)} requests, longest {longest:.2f} s, mean {mean:.2f} s")
+    assert longest < 6.0, f"longest {longest:.2f} s, mean {mean:.2f} s"
     assert all(len(times) >= 2 for times in waits.values())

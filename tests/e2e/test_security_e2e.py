@@ -135,6 +135,15 @@ def test_a_tenant_neither_sees_nor_uses_what_is_not_its_own(
                 "never-there", "NAME"
             ), "an adapter of somebody else looks like one that is not there"
         assert client.http.get(f"/v1/adapters/{other}").status_code == 404
+        card, known = client.get("shared"), admin.get("shared")
+        assert card["version"] == known["version"]
+        for field in ("source", "error", "requests_running", "requests_served", "last_used"):
+            assert card[field] is None, field
+        assert known["source"]
+        roots = {model["id"]: model["root"] for model in client.http.get("/v1/models").json()["data"]}
+        assert roots["shared"] is None
+        operators = client.http.post("/sleep")
+        assert operators.status_code == 403, operators.text
         messages = [{"role": "user", "content": "?"}]
         chat = client.http.post("/v1/chat/completions", json={"model": other, "messages": messages})
         assert chat.status_code == 404
@@ -159,6 +168,13 @@ def test_the_prefix_cache_is_not_shared_across_tenants(
         steps = [after - before for before, after in pairwise(seen)]
         assert steps[:2] == [0, 0], f"{model}: what one tenant computed must not be seen by another"
         assert min(steps[2:]) >= 160, f"{model}: a tenant's own prefixes are found"
+        before = hits(admin)
+        for own in (hashlib.sha256(b"team-a").hexdigest(), hashlib.sha256(b"team-a").hexdigest() + ":"):
+            assert admin.complete(model, prompt, 1, cache_salt=own).status == 200
+            assert hits(admin) == before, f"{model}: a salt that a client makes up is never a tenant's"
+            assert admin.complete(model, prompt, 1, cache_salt=own).status == 200
+            assert hits(admin) - before >= 160, f"{model}: but it finds what it was computed with"
+            before = hits(admin)
 
 
 def test_rate_limit(server: ServerProcess) -> None:

@@ -24,7 +24,11 @@ from source_servers import FileHandler, HubHandler, serving
 
 from hydraserve.adapters.archives import METADATA_CONFIG
 from hydraserve.adapters.checkpoint import load_adapter
+from hydraserve.adapters.registry import AdapterEntry, Journal, Origin, Registry
+from hydraserve.adapters.store import AdapterStore
+from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.bench.process import ServerProcess
+from hydraserve.models import base_shapes
 
 PROMPT = list(range(20, 60))
 
@@ -184,6 +188,15 @@ def test_the_command_line(server: ServerProcess, client: AdapterClient, places: 
     assert (again.returncode, "by-hand" in again.stderr, "Traceback" in again.stderr) == (1, True, False)
 
 
+def remember_of_another_base(state: Path, base: Path, name: str) -> None:
+    """As if the server had served this adapter, of modules twice as large, over another base model."""
+    shapes = {module: (2 * inputs, 2 * outputs) for module, (inputs, outputs) in base_shapes(str(base)).items()}
+    stored = AdapterStore(state / "store").add(make_adapter(shapes, ("q_proj", "down_proj"), 4, 3, seed=9))
+    journal = Journal(state)
+    Registry(journal).put(AdapterEntry(name, "/gone", Origin.API, version=stored))
+    journal.close()
+
+
 def test_what_was_loaded_survives_a_restart(
     server: ServerProcess, client: AdapterClient, places: Places, tiny_llama: Path
 ) -> None:
@@ -197,9 +210,12 @@ def test_what_was_loaded_survives_a_restart(
     expected = {name: client.complete(name, PROMPT, 8) for name in ("kept", "source-gone", "first")}
     server.stop()
     shutil.rmtree(copied)
+    remember_of_another_base(places.state, tiny_llama, "misfit")
     with places.server(tiny_llama) as again:
         after = AdapterClient(again.url)
-        assert sorted(after.names()) == ["first", "kept", "source-gone"]
+        assert sorted(after.names()) == ["first", "kept", "misfit", "source-gone"]
+        refused = after.complete("misfit", PROMPT, 8)
+        assert (refused.status, refused.body["error"]["reason"]) == (422, "BaseShapeError"), refused.body
         assert (after.get("kept")["pinned"], after.get("kept")["state"]) == (True, "slot")
         for name, before in expected.items():
             answer = after.complete(name, PROMPT, 8)

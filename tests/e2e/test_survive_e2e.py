@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import resource
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from adapter_client import AdapterClient, completion, wait_for
+from full_disk import full_disk
 from raw_client import ask, connect, post_json, read_all
 from stream import Stream
 
@@ -125,17 +125,6 @@ def test_ten_thousand_requests_at_once_are_answered_or_refused(
     assert client.complete("first", PROMPT, 4).status == 200
 
 
-@contextlib.contextmanager
-def full_disk(processes: list[int], limit: int) -> Iterator[None]:
-    """No file of these processes may grow beyond `limit` bytes; writing more fails as on a full disk."""
-    old = [resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)) for pid in processes]
-    try:
-        yield
-    finally:
-        for pid, was in zip(processes, old, strict=True):
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, was)
-
-
 @pytest.mark.parametrize("place", ["a folder", "a download"])
 def test_a_full_disk_fails_one_load_and_nothing_else(
     tiny_server: ServerProcess, client: AdapterClient, tiny_adapters: list[Path], tiny_www: str, place: str
@@ -143,7 +132,7 @@ def test_a_full_disk_fails_one_load_and_nothing_else(
     assert tiny_server.process is not None
     source = str(tiny_adapters[5]) if place == "a folder" else f"{tiny_www}/v6.tar"
     expected = client.complete("first", PROMPT, 8).tokens
-    with full_disk(session_processes(tiny_server.process.pid), limit=20_000):
+    with full_disk(20_000, session_processes(tiny_server.process.pid)):
         answer = client.http.post("/v1/adapters", json={"name": "late", "source": source})
         assert answer.status_code == 507, answer.text
         assert "make room" in answer.json()["error"]["message"]

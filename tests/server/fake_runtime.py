@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from hydraserve.server.lifecycle.service import AdapterService
 
 
 class FakeRuntime:
-    """host: id -> digest of what is in host memory. gate: while cleared, loads do not end."""
+    """host: id -> digest of what is in host memory. gate: while cleared, loads do not end. running: id -> requests."""
 
     def __init__(self, slots: int = 2, host_adapters: int = 3) -> None:
         self.slots, self.host_adapters = slots, host_adapters
         self.host: dict[int, str] = {}
         self.pinned: set[int] = set()
+        self.running: Counter[int] = Counter()
         self.evicted: list[str] = []
         self.aborted: list[str] = []
         self.loads: list[str] = []
@@ -58,6 +61,22 @@ class FakeRuntime:
 
     async def pin(self, adapter_id: int, pinned: bool) -> None:
         (self.pinned.add if pinned else self.pinned.discard)(adapter_id)
+        self._check_slots()
+
+    @contextmanager
+    def run(self, adapter_id: int) -> Iterator[None]:
+        """A request that is in the engine."""
+        self.running[adapter_id] += 1
+        self._check_slots()
+        try:
+            yield
+        finally:
+            self.running[adapter_id] -= 1
+            self.running += Counter()
+
+    def _check_slots(self) -> None:
+        taken = self.pinned | set(self.running)
+        assert len(taken) <= self.slots, f"{sorted(taken)} need a slot, there are {self.slots}: the engine would end"
 
     async def evict_blocks(self, adapter: str) -> int:
         self.evicted.append(adapter)

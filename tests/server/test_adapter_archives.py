@@ -13,13 +13,21 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from full_disk import full_disk
 
 from hydraserve.adapters.archives import METADATA_CONFIG, opened
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
-from hydraserve.errors import AdapterError, AdapterNotFoundError, LimitError, UnreadableFileError, UnsafeFileError
+from hydraserve.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    LimitError,
+    StorageError,
+    UnreadableFileError,
+    UnsafeFileError,
+)
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (64, 64)}
 LIMITS = AdapterLimits()
@@ -115,6 +123,23 @@ def test_bombs_are_refused_while_they_are_small(tmp_path: Path) -> None:
     many = tar_of(tmp_path / "many.tar", *(member(f"f{i}", b"") for i in range(1001)))
     with pytest.raises(LimitError, match="files in"):
         read(many)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "safetensors"])
+def test_a_full_disk_is_not_the_archives_fault(adapter: Path, suffix: str) -> None:
+    archive = adapter.parent / f"sql.{suffix}"
+    if suffix == "safetensors":
+        tensors = torch.load(adapter / "adapter_model.bin", weights_only=True)
+        config = (adapter / "adapter_config.json").read_text()
+        safetensors.torch.save_file(tensors, archive, metadata={METADATA_CONFIG: config})
+    else:
+        with tarfile.open(archive, "w:gz" if suffix == "tar.gz" else "w") as tar:
+            tar.add(adapter, "sql")
+    with full_disk(100), pytest.raises(StorageError, match="make room"):
+        read(archive)
+    with pytest.raises(StorageError, match="make room"), opened(archive, LIMITS, adapter / "no such folder"):
+        pass
+    assert read(archive)
 
 
 def test_damaged_archives(adapter: Path) -> None:

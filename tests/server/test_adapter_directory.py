@@ -7,13 +7,14 @@ import shutil
 import tarfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fake_runtime import FakeRuntime, MakeService
 
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.registry import Origin
-from hydraserve.errors import AdapterConflictError
+from hydraserve.errors import AdapterConflictError, StorageError
 from hydraserve.server.lifecycle import directory as directories
 from hydraserve.server.lifecycle.directory import AdapterDirectory, look
 from hydraserve.server.lifecycle.service import AdapterService
@@ -144,6 +145,46 @@ def test_names_of_others_are_left_alone(make: Make, wish: Path, versions: list[P
         shutil.rmtree(wish / "mine")
         await settled(directory)
         assert "mine" in served(service)
+
+    run(test())
+
+
+def test_a_name_that_becomes_free_is_the_directorys(make: Make, wish: Path, versions: list[Path]) -> None:
+    async def test() -> None:
+        service, directory = make()
+        shutil.copytree(versions[0], wish / "mine")
+        await service.add("mine", str(wish / "mine"), origin=Origin.API)
+        await settled(directory)
+        await service.remove("mine")
+        await settled(directory)
+        assert service.registry.get("mine").origin is Origin.DIRECTORY
+
+    run(test())
+
+
+def test_what_fails_for_another_reason_is_tried_again_and_told_once(
+    make: Make, wish: Path, versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        service, directory = make()
+        shutil.copytree(versions[0], wish / "sql")
+        put, remove, full = service.registry.put, service.registry.remove, StorageError("state", got="a full disk")
+        for method in ("put", "remove"):
+            monkeypatch.setattr(service.registry, method, Mock(side_effect=full))
+        for _ in range(3):
+            await settled(directory)
+        assert served(service) == {}
+        monkeypatch.setattr(service.registry, "put", put)
+        await settled(directory)
+        assert set(served(service)) == {"sql"}
+        shutil.rmtree(wish / "sql")
+        for _ in range(3):
+            await settled(directory)
+        assert set(served(service)) == {"sql"}
+        monkeypatch.setattr(service.registry, "remove", remove)
+        await settled(directory)
+        assert served(service) == {}
+        assert [record.message for record in caplog.records].count(f"adapter sql of --adapter-dir: {full}") == 2
 
     run(test())
 

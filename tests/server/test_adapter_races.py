@@ -79,7 +79,7 @@ class Traffic:
         kinds: dict[str, tuple[int, Callable[[str], Awaitable[object]]]] = {
             "add": (4, lambda name: service.add(name, self._source(), pin=rng.random() < 0.1)),
             "register": (1, self._register),
-            "compose": (1, lambda name: service.replace(name, self._recipe())),
+            "compose": (3, lambda name: service.replace(name, self._recipe())),
             "replace": (3, lambda name: service.replace(name, self._source())),
             "remove": (4, lambda name: service.remove(name, force=rng.random() < 0.5, wait=rng.random() < 0.8)),
             "pin": (1, lambda name: service.pin(name, True)),
@@ -102,7 +102,8 @@ class Traffic:
         return str(self.rng.choice([*self.versions[:3], self.versions[0].parent / "missing"]))
 
     def _recipe(self) -> str:
-        return Recipe(tuple((name, 0.5) for name in self.rng.sample(NAMES, 1))).source
+        name = self.rng.choice(NAMES) + self.rng.choice(["", "", "@uniform"])
+        return Recipe(((name, 0.5),)).source
 
     async def _register(self, name: str) -> None:
         self.service.register(name, self._source(), Origin.API)
@@ -131,9 +132,10 @@ class Traffic:
             label, adapter_id, _ = visible[name]
             digest = self.service.contents.labelled(label).stored.digest
             async with self.admission.admit(adapter_id, label, request_id):
-                for _ in range(self.rng.randrange(4)):
-                    assert self.runtime.host[self.service.cache.adapter_id(digest)] == digest
-                    await self.runtime.pause()
+                with self.runtime.run(adapter_id):
+                    for _ in range(self.rng.randrange(4)):
+                        assert self.runtime.host[self.service.cache.adapter_id(digest)] == digest
+                        await self.runtime.pause()
         finally:
             scope.end()
 
@@ -154,8 +156,8 @@ def test_in_any_order_nothing_breaks_and_nothing_is_left(
         for entry in service.registry:
             if service.registry.find(entry.name) is entry:
                 await service.remove(entry.name)
-        while service._tasks:
-            await asyncio.gather(*service._tasks)
+        while service.tasks.running:
+            await asyncio.gather(*service.tasks.running)
         assert failures == []
         assert (runtime.host, runtime.pinned, service.current, service.turnstile.active) == ({}, set(), {}, 0)
         assert set(store.digests()) <= before

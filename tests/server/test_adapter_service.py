@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from fake_runtime import FakeRuntime, MakeService
+from fake_runtime import FakeRuntime, MakeService, stored
 
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.compose import Recipe
+from hydraserve.adapters.ingest import Ingester
 from hydraserve.adapters.registry import Origin
+from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.store import AdapterStore
+from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
@@ -20,10 +25,12 @@ from hydraserve.errors import (
     UnknownAdapterError,
     UnreadableFileError,
 )
+from hydraserve.server.cards import adapter_card
 from hydraserve.server.keys import Principal
 from hydraserve.server.lifecycle.admission import Admission
-from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope
+from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope, label_of
 from hydraserve.server.lifecycle.service import AdapterService
+from hydraserve.server.schemas import CONCERN_OTHERS
 
 Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
 Run = Callable[[Test], None]
@@ -172,6 +179,24 @@ def test_a_request_that_waited_while_its_adapter_was_taken_away_is_refused(run: 
     run(test)
 
 
+def test_only_the_path_of_the_command_line_may_be_anywhere(run: Run, versions: list[Path], tmp_path: Path) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        given, other = (shutil.copytree(versions[i], tmp_path / f"outside-{i}") for i in range(2))
+        await service.claim("a", str(given), Origin.COMMAND_LINE)
+        with pytest.raises(SourceForbiddenError):
+            await service.replace("a", str(other))
+        with pytest.raises(SourceForbiddenError):
+            await service.replace("a", "hf://org/x")
+        assert service.current["a"].stored.digest == digest(given)
+        await service.replace("a", str(versions[2]))
+        await service.replace("a", str(given))
+        await service.replace("a")
+        assert digest(given) in runtime.host.values()
+        assert service.current["a"].stored.digest == digest(given)
+
+    run(test)
+
+
 def test_names_under_one_content_share_it(run: Run, versions: list[Path]) -> None:
     async def test(service: AdapterService, runtime: FakeRuntime) -> None:
         await service.add("a", str(versions[0]))
@@ -240,6 +265,85 @@ def test_adapters_composed_of_each_other_do_not_wait_for_ever(run: Run, versions
     run(test)
 
 
+def test_the_digest_that_is_asked_for_has_to_be_there(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        source, wrong = str(versions[0]), digest(versions[1])
+        await service.add("a", source, digest=digest(versions[0]).upper())
+        service.register("unread", source, Origin.API)
+        recipe = Recipe((("a", 2.0),)).source
+        for name, where in (("a", source), ("unread", source), ("mix", recipe)):
+            with pytest.raises(AdapterConflictError, match=f"expected digest {wrong}"):
+                await service.add(name, where, digest=wrong)
+        with pytest.raises(AdapterConflictError, match="digest"):
+            await service.replace("a", digest=wrong)
+        assert {entry.name for entry in service.registry} == {"a", "unread"}
+        entry, is_new = await service.add("a", source, digest=digest(versions[0]))
+        assert (entry.name, is_new, list(runtime.host.values())) == ("a", False, [digest(versions[0])])
+
+    run(test)
+
+
+def test_what_cannot_be_derived_is_not_read_for_again(
+    run: Run, versions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = versions[0].parent / f"plain-{tmp_path.name}"
+    save_adapter(make_adapter({"model.layers.0.self_attn.q_proj": (64, 64)}, ("q_proj",), 4, 1, seed=1), plain)
+
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        await service.add("plain", str(plain))
+        derivations = Mock(side_effect=Ingester.derive)
+        monkeypatch.setattr(Ingester, "derive", lambda *args: derivations(*args))
+        for name in ("a@head=3", "a@head=9999", "a@top_k=0", "a@top_k=4", "plain@head=1", "plain@top_k=2"):
+            with pytest.raises(UnknownAdapterError, match="heads"):
+                await service.ready(name)
+        assert derivations.call_count == 0
+        for _ in range(3):
+            with pytest.raises(UnknownAdapterError, match="router"):
+                await service.ready("plain@uniform")
+        assert derivations.call_count == 1
+        await service.ready("a@head=2")
+        assert len(runtime.host) == 3
+
+    run(test)
+
+
+def test_an_adapter_is_derived_from_what_its_parent_is_by_then(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        lock = service._lock("a@uniform")
+        async with lock:  # somebody else is at it
+            deriving = asyncio.create_task(service.ready("a@uniform"))
+            while not service.tasks.running:
+                await asyncio.sleep(0)
+            await service.replace("a", str(versions[1]))
+            while digest(versions[0]) in runtime.host.values():
+                await asyncio.sleep(0)
+        await deriving
+        assert service.registry.get("a@uniform").source == f"{digest(versions[1])}@uniform"
+
+    run(test)
+
+
+def test_adapters_are_composed_of_derived_ones(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        await service.add("a", str(versions[0]))
+        await service.add("mix", Recipe((("a@head=0", 1.0), ("a@head=1", 0.5))).source)
+        assert {entry.name for entry in service.registry} == {"a", "a@head=0", "a@head=1", "mix"}
+        assert service.current["mix"].stored.rank == 8
+        with pytest.raises(UnknownAdapterError, match="head 7"):
+            await service.add("other", Recipe((("a@head=7", 1.0),)).source)
+        assert len(runtime.host) == 3
+
+    run(test)
+
+
+def test_contents_whose_digests_begin_alike_are_told_apart() -> None:
+    one, other = stored("abcdefgh-1"), stored("abcdefgh-2")
+    assert one.digest[:12] == other.digest[:12]
+    assert label_of("a", one.digest) != label_of("a", other.digest)
+
+
 def test_tenants(run: Run, versions: list[Path]) -> None:
     async def test(service: AdapterService, runtime: FakeRuntime) -> None:
         admission = Admission(service)
@@ -264,3 +368,39 @@ def test_tenants(run: Run, versions: list[Path]) -> None:
         current_scope.reset(token)
 
     run(test)
+
+
+def test_a_tenant_is_told_nothing_of_others(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        admission, residency = Admission(service), await runtime.residency()
+        await service.add("b-secret", str(versions[0]))
+        recipe = Recipe((("b-secret", 2.0),)).source
+        entry, _ = await service.add("a-mix", recipe)
+        entry.failure = AdapterNotFoundError("x", where="s3://bucket/of-b")
+        assert "b-secret" in (adapter_card(service, entry, residency).source or "")
+        service.register("a-bad", str(versions[0].parent / "of-b"), Origin.API)
+        broken = UnreadableFileError("file", where="/store/of-b")
+        tenant = RequestScope(Principal("a", adapters=("a-*",)), told_all=False)
+        token = current_scope.set(tenant)
+        card = adapter_card(service, entry, residency)
+        assert {name for name, value in card if value is None} >= set(CONCERN_OTHERS)
+        assert card.version
+        for told in (card.model_dump_json(), await message(admission.ready("a-bad"), AdapterNotFoundError)):
+            assert "secret" not in told
+            assert "of-b" not in told
+        assert "head=9" in await message(admission.ready("a-mix@head=9"), UnknownAdapterError)
+        await service.cache.drop(entry.version.digest if entry.version else "")
+        runtime.failing = {entry.version.digest if entry.version else "": broken}
+        served = service.current["a-mix"]
+        told = await message(admission.admit(1, served.label, "r").__aenter__(), UnreadableFileError)
+        assert "of-b" not in told
+        current_scope.reset(token)
+        assert "of-b" in await message(admission.ready("a-bad"), AdapterNotFoundError)
+
+    run(test)
+
+
+async def message(work: Awaitable[object], kind: type[Exception]) -> str:
+    with pytest.raises(kind) as caught:
+        await work
+    return str(caught.value)

@@ -12,20 +12,23 @@ from typing import Any
 
 import boto3
 import pytest
+from full_disk import full_disk
 from moto.server import ThreadedMotoServer
 from source_servers import FileHandler, HubHandler, serving
 
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.save import save_adapter
-from hydraserve.adapters.sources import DownloadCache, Progress, SourcePolicy, fetch
+from hydraserve.adapters.sources import DownloadCache, Progress, SourcePolicy, fetch, without_secrets
 from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.errors import (
+    AdapterConflictError,
     AdapterNotFoundError,
     HydraServeError,
     LimitError,
     SourceError,
     SourceForbiddenError,
+    StorageError,
 )
 
 SHAPES = {f"model.layers.{i}.self_attn.q_proj": (256, 256) for i in range(4)}
@@ -124,6 +127,46 @@ def test_too_large_a_file_is_refused_before_it_is_read_or_while(adapter: Path, g
                 get(f"{url}/sql", limits=limits)
             if not sizes:
                 assert same(get(f"{url}/sql"), adapter), "without sizes it is read to its end"
+
+
+def test_a_full_disk_is_not_the_sources_fault(http: tuple[str, Any], get: Any) -> None:
+    with full_disk(10_000), pytest.raises(StorageError, match="make room"):
+        get(f"{http[0]}/sql")
+
+
+def test_a_download_that_is_not_wanted_any_more_ends(http: tuple[str, Any], tmp_path: Path) -> None:
+    policy, cache = SourcePolicy.of(["http://"]), DownloadCache(tmp_path / "cache")
+    with pytest.raises(AdapterConflictError, match="removal"):
+        fetch(f"{http[0]}/sql", policy, tmp_path, Progress(stopped=True), cache)
+    assert list((tmp_path / "download").iterdir()) == []
+
+
+def test_a_download_that_another_process_takes_away_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "download"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"x" * 100)
+    cache = DownloadCache(tmp_path / "cache", largest=150)
+    cache.put("first", folder)
+    look = DownloadCache._folders
+    monkeypatch.setattr(DownloadCache, "_folders", lambda self: [*look(self), tmp_path / "cache" / "gone"])
+    cache.put("second", folder)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("https://u:p@host/x?y=1", "https://host/x"),
+        ("https://u:p@ss@host/x@y", "https://host/x@y"),
+        ("hf://org/name@revision", "hf://org/name@revision"),
+        ("https://host?u@x", "https://host"),
+        ("/a?b@c", "/a?b@c"),
+    ],
+)
+def test_what_is_shown_of_a_source(source: str, shown: str) -> None:
+    assert without_secrets(source) == shown
 
 
 def test_nothing_there(http: tuple[str, Any], get: Any) -> None:

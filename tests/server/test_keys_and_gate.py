@@ -102,6 +102,11 @@ def test_a_key_file(tmp_path: Path) -> None:
             gate.admit("POST", path, bearer(key), REMOTE)
     with pytest.raises(UnauthenticatedError):
         gate.admit("GET", "/metrics", None, LOCAL)
+    for key in "am":
+        with pytest.raises(ForbiddenError, match="/scale_elastic_ep"):
+            gate.admit("POST", "/scale_elastic_ep", bearer(key), LOCAL)
+    with pytest.raises(UnauthenticatedError):
+        gate.admit("POST", "/sleep", None, LOCAL)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,8 @@ def test_a_key_file(tmp_path: Path) -> None:
         "not toml",
         "[key]",
         "",
+        'key = ["a"]',
+        "key = [[]]",
         FILE + "[other]\n",
         '[[key]]\nname = "x"\n',
         f'[[key]]\nsha256 = "{hash_key("a")}"\n',
@@ -144,9 +151,17 @@ def test_a_changed_key_file_is_read_again_and_a_broken_one_is_not(tmp_path: Path
     assert ring.identify(bearer("b")) is not None
     with pytest.raises(UnauthenticatedError):
         ring.identify(bearer("a"))
+    change('key = ["b"]')
+    assert ring.identify(bearer("b")) is not None
+    change("")
+    assert ring.identify(bearer("b")) is not None
     now[0] += 2
     file.unlink()
     assert ring.identify(bearer("b")) is not None
+    change("key = []")
+    with pytest.raises(UnauthenticatedError):
+        ring.identify(bearer("b"))
+    assert ring.has_inference_keys, "a request without a key is still refused"
 
 
 def test_every_key_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

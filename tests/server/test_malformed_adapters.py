@@ -15,8 +15,7 @@ from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.errors import HydraServeError
 
 SHAPES = {f"model.layers.0.{name}": (64, 64) for name in ("self_attn.q_proj", "mlp.down_proj")}
-# A longer run: FUZZ_CASES=2500 pytest tests/server/test_malformed_adapters.py
-CASES = int(os.environ.get("FUZZ_CASES", str(20 * len(FAULTS))))
+CASES = int(os.environ.get("FUZZ_CASES", "2000"))  # about 5 ms each
 
 
 def test_every_faulty_adapter_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class DownloadCache:
     def _shrink(self) -> None:
         used = 0
         for folder in sorted(self._folders(), key=_age):
-            used += sum(file.stat().st_size for file in folder.iterdir())
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                used += sum(file.stat().st_size for file in folder.iterdir())
             if used > self._largest:
                 going = self._root / f".{uuid.uuid4().hex}"
                 with contextlib.suppress(OSError):

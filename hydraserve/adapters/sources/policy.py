@@ -11,7 +11,7 @@ from hydraserve.adapters.limits import DEFAULT_LIMITS, AdapterLimits
 from hydraserve.errors import SourceForbiddenError
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.IGNORECASE | re.DOTALL)
-_USERINFO = re.compile(r"//[^/@]*@")
+_USERINFO = re.compile(r"//[^/?#]*@")  # to the last @ before the path: a password may hold one
 
 
 def split_scheme(source: str) -> tuple[str, str]:

@@ -15,13 +15,20 @@ from urllib.parse import unquote
 import fsspec  # type: ignore[import-untyped]
 
 from hydraserve.adapters.archives import is_archive
+from hydraserve.adapters.files import is_full, unwritable, writing
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.locate import ARGUMENTS_NAMES, CONFIG_NAME, OTHER_WEIGHTS_NAME, TRAINER_NAMES, WEIGHTS_NAMES
 from hydraserve.adapters.sources.cache import DownloadCache
 from hydraserve.adapters.sources.hub import pinned
 from hydraserve.adapters.sources.policy import SourcePolicy, split_scheme, without_secrets
 from hydraserve.adapters.sources.progress import Progress
-from hydraserve.errors import AdapterNotFoundError, LimitError, SourceError, SourceForbiddenError
+from hydraserve.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    LimitError,
+    SourceError,
+    SourceForbiddenError,
+)
 
 _ATTEMPTS = 3
 _FIRST_PAUSE_S = 0.5
@@ -61,12 +68,15 @@ def fetch_remote(source: str, policy: SourcePolicy, scratch: Path, progress: Pro
     """See `sources.fetch`."""
     check_remote(source, policy)
     folder = scratch / "download"
-    folder.mkdir()
-    remote = _Remote(source, policy.limits)
+    with writing(scratch):
+        folder.mkdir()
+    remote = _Remote(source, policy.limits, folder)
     files = remote.retry(remote.list_files)
     progress.total = sum(file.size or 0 for file in files)
     key = remote.key(files)
-    if key is None or not cache.take(key, folder):
+    with writing(scratch):
+        taken = key is not None and cache.take(key, folder)
+    if not taken:
         for file in files:
             before = progress.done
             remote.retry(partial(remote.download, file, folder, progress, before))
@@ -90,10 +100,10 @@ def check_remote(source: str, policy: SourcePolicy) -> None:
 
 
 class _Remote:
-    """One source, while it is fetched."""
+    """One source, while it is fetched into a folder."""
 
-    def __init__(self, source: str, limits: AdapterLimits) -> None:
-        self._shown, self._limits = without_secrets(source), limits
+    def __init__(self, source: str, limits: AdapterLimits, folder: Path) -> None:
+        self._shown, self._limits, self._folder = without_secrets(source), limits, folder
         self._source = source
         self._url = self.retry(partial(pinned, source)) if split_scheme(source)[0] == "hf" else source
         self._fs, self._path = self._file_system()
@@ -162,6 +172,8 @@ class _Remote:
         try:
             with self._fs.open(file.path, "rb", **self._how(file)) as stream, target.open("wb") as out:
                 while block := stream.read(min(_BLOCK, (file.size or limit) - size + 1)):
+                    if progress.stopped:
+                        raise self._stopped()
                     size += len(block)
                     self._limits.check(f"size of {file.name}", size, limit, unit=" bytes")
                     out.write(block)
@@ -189,13 +201,15 @@ class _Remote:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return work()
-            except (LimitError, SourceForbiddenError, AdapterNotFoundError):
+            except (LimitError, SourceForbiddenError, AdapterNotFoundError, AdapterConflictError):
                 raise
             except FileNotFoundError as error:
                 raise self._missing(self._scrub(error)) from error
             except PermissionError as error:
                 raise self._failed(self._scrub(error), "permission to read it") from error
             except Exception as error:  # each file system has its own
+                if is_full(error):
+                    raise unwritable(self._folder, error) from error
                 if attempt == _ATTEMPTS:
                     if isinstance(error, SourceError):
                         raise
@@ -211,6 +225,14 @@ class _Remote:
 
     def _failed(self, got: str, expected: str) -> SourceError:
         return SourceError(f"source {self._shown}", got=got, expected=expected, fix="check the source and try again")
+
+    def _stopped(self) -> AdapterConflictError:
+        return AdapterConflictError(
+            f"source {self._shown}",
+            got="the removal of its adapter during the download",
+            expected="an adapter that is wanted",
+            fix="load it again",
+        )
 
     def _missing(self, got: str) -> AdapterNotFoundError:
         return AdapterNotFoundError(

@@ -15,7 +15,7 @@ from hydraserve.server.api_servers.forward import Forwarder
 from hydraserve.server.api_servers.link import HTTP_SOCKET, SOCKET, Link
 from hydraserve.server.keys import Principal
 from hydraserve.server.lifecycle.admission import cache_salt
-from hydraserve.server.lifecycle.served import current_scope, label_of, may_see
+from hydraserve.server.lifecycle.served import current_scope, discreet, label_of, may_see, name_of
 
 
 class Front:
@@ -44,7 +44,8 @@ class Front:
             return
         use = next(self._uses)
         try:
-            found = await self.link.call("look_up", use, model)
+            with discreet(model):
+                found = await self.link.call("look_up", use, model)
         except BaseException:
             self.link.tell("end", use, False)
             raise
@@ -62,7 +63,8 @@ class Front:
     async def _admit(self, adapter_id: int, adapter: str, request_id: str) -> AsyncIterator[None]:
         use, is_clean = next(self._uses), False
         try:
-            await self.link.call("admit", use, adapter_id, adapter, request_id)
+            with discreet(name_of(adapter)):
+                await self.link.call("admit", use, adapter_id, adapter, request_id)
             yield
             is_clean = True
         finally:

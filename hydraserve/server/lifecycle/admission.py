@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from hydraserve.server.lifecycle.served import current_scope, may_see
+from hydraserve.server.lifecycle.served import ServedAdapter, current_scope, discreet, may_see
 
 if TYPE_CHECKING:
     from hydraserve.server.lifecycle.service import AdapterService
@@ -22,27 +22,31 @@ class Admission:
     async def ready(self, model: str) -> None:
         """Have the adapter read, if this is the name of one that was not, so that its name can be looked up."""
         if may_see(model):
-            await self._service.ready(model)
+            with discreet(model):
+                await self._service.ready(model)
 
     def admit(self, adapter_id: int, adapter: str, request_id: str) -> AbstractAsyncContextManager[None]:
         return self._admit(adapter, request_id)
 
     @asynccontextmanager
     async def _admit(self, label: str, request_id: str) -> AsyncIterator[None]:
-        service = self._service
-        served = service.contents.labelled(label)
-        digest = served.stored.digest
-        with served.run(request_id), ExitStack() as waiting:
-            waiting.enter_context(served.wait())
+        served = self._service.contents.labelled(label)
+        with served.run(request_id):
+            async with AsyncExitStack() as inside:
+                with discreet(served.name):
+                    await self._enter(served, inside)
+                yield
+
+    async def _enter(self, served: ServedAdapter, inside: AsyncExitStack) -> None:
+        service, digest = self._service, served.stored.digest
+        async with served.wait():
             await service.turnstile.enter(digest, on_wait=service.prefetch_next)
-            try:
-                served.refuse_if_removed()
-                async with service.cache.hold(served.stored):
-                    waiting.close()
-                    yield
-            finally:
-                service.turnstile.leave(digest)
-                service.prefetch_next()
+            inside.callback(self._leave, digest)
+            await inside.enter_async_context(service.cache.hold(served.stored))
+
+    def _leave(self, digest: str) -> None:
+        self._service.turnstile.leave(digest)
+        self._service.prefetch_next()
 
     def cache_salt(self) -> str | None:
         return cache_salt()

@@ -31,6 +31,10 @@ class Contents:
             raise UnknownAdapterError(what="adapter", got=repr(label), expected="a name that is served")
         return served
 
+    def of(self, name: str) -> list[ServedAdapter]:
+        """All that requests for this name use, also those that began before it was replaced or taken away."""
+        return [served for served in self._labelled.values() if served.name == name]
+
     def find(self, digest: str) -> StoredAdapter | None:
         """Content that is served, or on its way out."""
         return self._stored.get(digest)

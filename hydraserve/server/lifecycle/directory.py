@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from watchfiles import awatch
 from hydraserve.adapters.archives import archive_stem, is_archive
 from hydraserve.adapters.locate import locate
 from hydraserve.adapters.registry import AdapterEntry, Origin, check_name
-from hydraserve.errors import AdapterError, HydraServeError
+from hydraserve.errors import AdapterError, HydraServeError, StorageError
 from hydraserve.server.lifecycle.service import AdapterService
 
 logger = logging.getLogger("hydraserve.server")
@@ -71,8 +70,9 @@ class AdapterDirectory:
 
     def __init__(self, service: AdapterService, directory: Path) -> None:
         self._service, self._directory = service, directory
-        self._settled: dict[str, Found] = {}  # what was acted upon, also when that failed
+        self._settled: dict[str, Found] = {}  # what was acted upon, also when it turned out to be faulty
         self._last: dict[str, Found] = {}
+        self._complaints: dict[str, str] = {}  # name -> what was logged last: it is tried again, but told once
 
     def register(self) -> None:
         """Take on what is there at the start, without reading it: that happens when it is asked for."""
@@ -83,7 +83,7 @@ class AdapterDirectory:
                     self._service.register(name, str(found.path), Origin.DIRECTORY)
                     self._settled[name] = found
                 except HydraServeError as error:
-                    logger.error("adapter %s of --adapter-dir: %s", name, error)
+                    self._complain(name, error)
 
     async def watch(self) -> None:
         """Follow the directory until cancelled."""
@@ -93,12 +93,13 @@ class AdapterDirectory:
                 async for _ in awatch(self._directory, ignore_permission_denied=True, **options):
                     while not await self.follow():
                         await asyncio.sleep(SETTLE_S)
-            except OSError as error:  # it cannot be watched while it is away
+            except (OSError, HydraServeError) as error:  # it cannot be watched while it is away
                 logger.error("--adapter-dir %s: %s", self._directory, error)
                 await asyncio.sleep(_RESCAN_MS / 1000)
 
     async def follow(self) -> bool:
-        """Act on what has not changed since the last call; whether nothing is still changing."""
+        """Act on what has not changed since the last call, also on what failed before for a reason that may pass;
+        whether nothing is still changing."""
         try:
             now = await asyncio.to_thread(look, self._directory)
         except AdapterError as error:
@@ -110,18 +111,22 @@ class AdapterDirectory:
         for name, found in now.items():
             if before.get(name) == found != self._settled.get(name):
                 await self._appeared(name, found)
-        return all(self._settled.get(name) == found for name, found in now.items())
+        return all(before.get(name) == found for name, found in now.items())
 
     async def _vanished(self, name: str) -> None:
-        del self._settled[name]
         entry = self._entry(name)
-        if entry is not None and entry.origin is Origin.DIRECTORY:
-            # Not waiting for its requests: others in the directory must not wait for them.
-            await self._service.remove(name, wait=False, origin=Origin.DIRECTORY)
-            logger.info("adapter %s: gone from %s", name, self._directory)
+        try:
+            if entry is not None and entry.origin is Origin.DIRECTORY:
+                # Not waiting for its requests: others in the directory must not wait for them.
+                await self._service.remove(name, wait=False, origin=Origin.DIRECTORY)
+                logger.info("adapter %s: gone from %s", name, self._directory)
+        except HydraServeError as error:
+            self._complain(name, error)
+            return
+        del self._settled[name]
+        self._complaints.pop(name, None)
 
     async def _appeared(self, name: str, found: Found) -> None:
-        self._settled[name] = found
         if not self._may_have(name):
             return
         try:
@@ -130,20 +135,30 @@ class AdapterDirectory:
             else:
                 await self._service.replace(name, str(found.path), origin=Origin.DIRECTORY)
         except HydraServeError as error:
-            logger.error("adapter %s of --adapter-dir: %s", name, error)
+            self._complain(name, error)
+            if not isinstance(error, AdapterError) or isinstance(error, StorageError):
+                return  # nothing that is wrong with the files
+        else:
+            self._complaints.pop(name, None)
+        self._settled[name] = found
 
     def _may_have(self, name: str) -> bool:
         """Whether the name is free for the directory, or its own."""
         entry = self._entry(name)
         if entry is not None and entry.origin is not Origin.DIRECTORY:
-            logger.error("adapter %s of --adapter-dir is not served: the name is taken (by the %s)", name, entry.origin)
+            self._complain(name, f"not served: the name is taken (by the {entry.origin})")
             return False
         try:
             check_name(name)
         except HydraServeError as error:
-            logger.error("folder %s of --adapter-dir: %s", os.fspath(self._directory / name), error)
+            self._complain(name, error)
             return False
         return True
+
+    def _complain(self, name: str, about: object) -> None:
+        if self._complaints.get(name) != str(about):
+            self._complaints[name] = str(about)
+            logger.error("adapter %s of --adapter-dir: %s", name, about)
 
     def _entry(self, name: str) -> AdapterEntry | None:
         return self._service.registry.find(name)

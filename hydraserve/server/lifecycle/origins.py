@@ -21,24 +21,19 @@ class Origins:
     def __init__(self, registry: Registry, reader: AdapterReader, contents: Contents) -> None:
         self._registry, self._reader, self._contents = registry, reader, contents
 
-    def open(
-        self, entry: AdapterEntry, source: str, progress: Progress, digest: str | None
-    ) -> AbstractAsyncContextManager[Read]:
+    def open(self, entry: AdapterEntry, source: str, progress: Progress) -> AbstractAsyncContextManager[Read]:
         """The content of `entry` at `source`, as `AdapterReader.read` gives it. Raises what reading raises."""
         if entry.origin is Origin.DERIVED:
             return self._derive(entry, source)
         if (recipe := Recipe.parse(source)) is not None:
             return self._compose(recipe)
-        trusted = entry.origin is Origin.COMMAND_LINE
-        return self._reader.read(source, progress, trusted=trusted, digest=digest)
+        # Only what the operator gave: over HTTP, the same name may be asked to come from anywhere else.
+        return self._reader.read(source, progress, trusted=source == entry.given)
 
-    def parts(self, source: str) -> list[AdapterEntry]:
-        """What `source` is composed of; nothing for other sources.
-
-        Raises UnknownAdapterError, and AdapterConflictError for a part that is composed itself.
-        """
+    def parts(self, source: str) -> list[str]:
+        """Names of what `source` is composed of; nothing for other sources."""
         recipe = Recipe.parse(source)
-        return [] if recipe is None else [self._part(name) for name, _ in recipe.parts]
+        return [] if recipe is None else [name for name, _ in recipe.parts]
 
     def derived_from(self, name: str) -> list[str]:
         """Names of the adapters that are made from this one."""
@@ -56,7 +51,7 @@ class Origins:
     @asynccontextmanager
     async def _compose(self, recipe: Recipe) -> AsyncIterator[Read]:
         current = self._contents.current
-        names = [self._part(name).name for name, _ in recipe.parts]
+        names = [self.part(name).name for name, _ in recipe.parts]
         if missing := [name for name in names if name not in current]:
             raise AdapterConflictError(
                 what=f"compose {missing[0]!r}",
@@ -69,7 +64,8 @@ class Origins:
             async with self._reader.compose(recipe, [current[name].stored for name in names]) as read:
                 yield read
 
-    def _part(self, name: str) -> AdapterEntry:
+    def part(self, name: str) -> AdapterEntry:
+        """One of them. Raises UnknownAdapterError, and AdapterConflictError for one that is composed itself."""
         entry = self._registry.get(name)
         if Recipe.parse(entry.source) is not None:
             raise AdapterConflictError(

@@ -34,12 +34,17 @@ class Pins:
             )
 
     async def pin(self, entry: AdapterEntry) -> None:
-        """Give an entry, whose content was read, a slot. Raises AdapterConflictError, and what loading raises."""
+        """Give an entry, whose content was read, a slot, once requests that run leave one.
+
+        Raises AdapterConflictError, and what loading raises.
+        """
         assert entry.version is not None
         self.check(entry.version, besides=entry)
         entry.pinned = True
         self._share()
         try:
+            # Not before the others' requests leave a slot: the engine takes it from an adapter that is running.
+            await self._turnstile.own_slot(entry.version.digest)
             await self._cache.pin(entry.version)
         except BaseException:
             entry.pinned = False

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydraserve.adapters.compose import Recipe, router_folder
+from hydraserve.adapters.files import writing
 from hydraserve.adapters.ingest import Ingester
 from hydraserve.adapters.sources import DownloadCache, Progress, SourcePolicy, fetch, without_secrets
 from hydraserve.adapters.store import AdapterStore, StoredAdapter
-from hydraserve.errors import AdapterConflictError, HydraServeError
+from hydraserve.errors import HydraServeError
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,16 @@ class AdapterReader:
         self._reading: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def read(
-        self, source: str, progress: Progress, *, trusted: bool = False, digest: str | None = None
-    ) -> AsyncIterator[Read]:
+    async def read(self, source: str, progress: Progress, *, trusted: bool = False) -> AsyncIterator[Read]:
         """The adapter at `source`, in the store for as long as the context lasts, and longer if it is then in use.
 
         trusted: a path that the operator gave when the server was started; it may be anywhere.
-        digest:  what the content has to be; AdapterConflictError when it is not.
 
         Raises HydraServeError's subclasses, their `where` naming the source.
         """
         started = time.monotonic()
         stored = await self._fetch_and_read(source, progress, trusted)
         try:
-            if digest is not None and stored.digest != digest.lower():
-                raise AdapterConflictError(
-                    what="content",
-                    got=f"digest {stored.digest}",
-                    expected=f"digest {digest}",
-                    where=f"adapter {without_secrets(source)}",
-                )
             yield Read(stored, time.monotonic() - started)
         finally:
             self._reading[stored.digest] -= 1
@@ -108,7 +99,8 @@ class AdapterReader:
                 await asyncio.to_thread(self._store.remove, digest)
 
     async def _fetch_and_read(self, source: str, progress: Progress, trusted: bool) -> StoredAdapter:
-        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch))
+        with writing(self._scratch):
+            scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="fetch-", dir=self._scratch))
         try:
             folder = Path(source) if trusted else await asyncio.to_thread(self._fetch, source, scratch, progress)
             async with self._lock:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hydraserve.adapters.derive import split_derived
 from hydraserve.adapters.store import StoredAdapter
-from hydraserve.errors import UnknownAdapterError
+from hydraserve.errors import HydraServeError, UnknownAdapterError
 from hydraserve.server.keys import ANONYMOUS, Principal
-
-# Digits of the digest in `ServedAdapter.label`, which logs and metrics show.
-_SHORT_DIGEST = 12
 
 
 @dataclass(eq=False)
@@ -26,7 +24,7 @@ class ServedAdapter:
     label:   unique for name and content; what the engine calls the adapter.
     request: vLLM's LoRARequest.
     removed: taken away by force: requests that have not begun are refused.
-    waiting: of its requests, those that are not in the engine yet.
+    underivable: what cannot be derived from it, and why.
     """
 
     name: str
@@ -34,10 +32,11 @@ class ServedAdapter:
     adapter_id: int
     request: Any
     removed: bool = False
-    waiting: int = 0
+    underivable: dict[str, UnknownAdapterError] = field(default_factory=dict)
     served: int = 0
     last_used: float | None = None
     _running: dict[object, str] = field(default_factory=dict)
+    _waiting: set[asyncio.Timeout] = field(default_factory=set)
     _holds: int = 0
     _watchers: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -54,6 +53,11 @@ class ServedAdapter:
     def request_ids(self) -> list[str]:
         """Of the requests that are running or waiting for their turn."""
         return list(self._running.values())
+
+    @property
+    def waiting(self) -> int:
+        """How many of them are not in the engine yet."""
+        return len(self._waiting)
 
     @property
     def in_use(self) -> bool:
@@ -74,19 +78,37 @@ class ServedAdapter:
             self.last_used = time.time()
             self.notify()
 
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        """Count a request as not in the engine yet."""
-        self.waiting += 1
+    @asynccontextmanager
+    async def wait(self) -> AsyncIterator[None]:
+        """Count a request as not in the engine yet. Raises UnknownAdapterError, whatever is being waited for, when the
+        adapter is taken away by force."""
+        until_removed = asyncio.timeout(None)
         try:
-            yield
-        finally:
-            self.waiting -= 1
+            async with until_removed:
+                self._waiting.add(until_removed)
+                try:
+                    yield
+                finally:
+                    self._waiting.discard(until_removed)
+        except TimeoutError as error:
+            if until_removed.expired():
+                raise self._gone() from error
+            raise
+        self.refuse_if_removed()
+
+    def take_away(self) -> None:
+        """By force: requests that have not begun are refused."""
+        self.removed = True
+        for until_removed in self._waiting:
+            until_removed.reschedule(asyncio.get_running_loop().time())
 
     def refuse_if_removed(self) -> None:
         """Raises UnknownAdapterError when the adapter was taken away by force."""
         if self.removed:
-            raise UnknownAdapterError(what="adapter", got=repr(self.name), expected="a name that is still served")
+            raise self._gone()
+
+    def _gone(self) -> UnknownAdapterError:
+        return UnknownAdapterError(what="adapter", got=repr(self.name), expected="a name that is still served")
 
     def hold(self) -> None:
         """Keep the adapter between its name being looked up and its request being counted in."""
@@ -121,8 +143,8 @@ class ServedAdapter:
 
 
 def label_of(name: str, digest: str) -> str:
-    """What the engine calls an adapter: names cannot hold '@'."""
-    return f"{name}@{digest[:_SHORT_DIGEST]}"
+    """What the engine calls an adapter. With all of the digest: contents whose digests begin alike can be made."""
+    return f"{name}@{digest}"
 
 
 def name_of(label: str) -> str:
@@ -142,10 +164,12 @@ class Kept(Protocol):
 class RequestScope:
     """What belongs to one HTTP request: who sent it, and which adapter its model name stood for.
 
-    found: name -> what another process said that it stands for, see `server.api_servers`.
+    told_all: whether its sender may know what concerns others: where adapters come from, and how they are used.
+    found:    name -> what another process said that it stands for, see `server.api_servers`.
     """
 
     principal: Principal = ANONYMOUS
+    told_all: bool = True
     adapter: Kept | None = None
     found: dict[str, Any] = field(default_factory=dict)
     _held: list[Kept] = field(default_factory=list)
@@ -194,6 +218,30 @@ class VisibleAdapters(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def told_all() -> bool:
+    """Whether the sender of the current request may know what concerns others."""
+    scope = current_scope.get()
+    return scope is None or scope.told_all
+
+
+@contextmanager
+def discreet(name: str) -> Iterator[None]:
+    """Errors about an adapter, as the sender of the current request may see them: they may say where it comes from, and
+    the names of adapters that it is made of."""
+    try:
+        yield
+    except HydraServeError as error:
+        is_senders_own = isinstance(error, UnknownAdapterError) and split_derived(name) is not None
+        if told_all() or is_senders_own:
+            raise
+        raise type(error)(
+            f"adapter {name!r}",
+            got="one that cannot be used at the moment",
+            expected="one that can",
+            fix="ask whoever runs this server, who is told the reason",
+        ) from error
 
 
 def may_see(name: str) -> bool:

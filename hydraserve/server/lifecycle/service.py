@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Collection
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from hydraserve.adapters.derive import split_derived
+from hydraserve.adapters.derive import check_spec, split_derived
 from hydraserve.adapters.registry import AdapterEntry, Origin, Registry, check_name
 from hydraserve.adapters.runtime import AdapterRuntime, Residency
 from hydraserve.adapters.sources import Progress, without_secrets
@@ -21,12 +20,12 @@ from hydraserve.server.lifecycle.host_cache import HostCache
 from hydraserve.server.lifecycle.origins import Origins
 from hydraserve.server.lifecycle.pins import Pins
 from hydraserve.server.lifecycle.reader import AdapterReader, Read
+from hydraserve.server.lifecycle.refusals import refuse_directorys, refuse_other_content, refuse_other_source, unknown
 from hydraserve.server.lifecycle.served import ServedAdapter
+from hydraserve.server.lifecycle.tasks import Tasks
 from hydraserve.server.lifecycle.turnstile import Turnstile
 
 logger = logging.getLogger("hydraserve.server")
-
-T = TypeVar("T")
 
 # Requests for an adapter that could not be read get the same error for so long, without another attempt.
 _RETRY_S = 5.0
@@ -53,12 +52,13 @@ class AdapterService:
         self.contents = Contents(runtime, registry, reader, cache)
         self.current = self.contents.current
         self.progress: dict[str, Progress] = {}
+        self.tasks = Tasks()
         self.abort_elsewhere: Callable[[list[str]], None] = lambda _: None  # requests of other API server processes
         self._slots, self._taken = slots, frozenset(taken)
         self._pins = Pins(registry, cache, self.turnstile, slots)
         self._origins = Origins(registry, reader, self.contents)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._retiring: WeakKeyDictionary[ServedAdapter, asyncio.Task[None]] = WeakKeyDictionary()
 
     async def restore(self) -> None:
         """Serve what the registry remembers of an earlier run, without reading it."""
@@ -94,19 +94,22 @@ class AdapterService:
         async with self._lock(name):
             entry = self.registry.find(name)
             if entry is not None:
-                self._refuse_other_source(entry, source)
+                refuse_other_source(entry, source)
+                if digest is not None and entry.version is None:
+                    await self._read(entry, source, digest)
+                elif entry.version is not None:
+                    refuse_other_content(entry.version, digest, source)
                 if pin:
                     await self._set_pinned(entry, True)
                 return entry, False
-            entry = AdapterEntry(name, source, origin)
+            entry = AdapterEntry(name, source, origin, given=source if origin is Origin.COMMAND_LINE else None)
             self.registry.put(entry)
             try:
                 await self._read(entry, source, digest)
                 if pin:
                     await self._set_pinned(entry, True)
             except BaseException:
-                if (served := self._forget(entry)) is not None:
-                    self.spawn(self.contents.retire(served))
+                self._forget(entry)
                 raise
             return entry, True
 
@@ -141,44 +144,52 @@ class AdapterService:
         known = self.registry.find(name)
         if known is None:
             if source is None:
-                raise self._unknown(name)
+                raise unknown(name)
             return await self.add(name, source, pin=bool(pin), digest=digest)
         await self._read_parts(source or known.source)
         async with self._lock(name):
             entry = self.registry.get(name)
             if source is not None:
-                self._refuse_directory(entry, origin)
+                refuse_directorys(entry, origin)
             await self._read(entry, source or entry.source, digest)
             if pin is not None:
                 await self._set_pinned(entry, pin)
             return entry, False
 
     async def remove(self, name: str, *, force: bool = False, wait: bool = True, origin: Origin = Origin.API) -> None:
-        """Stop serving an adapter, and free all it took once its requests have ended.
+        """Stop serving an adapter, or downloading it, and free all it took once its requests have ended.
 
         force: end them now; their clients get what was generated so far.
         wait:  return only then.
 
         Raises UnknownAdapterError, and AdapterConflictError for an adapter that `origin` cannot take away.
         """
-        async with self._lock(name):
+        refuse_directorys(self.registry.get(name), origin)
+        lock, progress = self._lock(name), self.progress.get(name)
+        if progress is not None:
+            progress.stopped = True
+        if force and lock.locked():  # perhaps by a pin that waits for these requests to end
+            await self._abort(name)
+        async with lock:
+            if progress is not None and self.registry.find(name) is None:
+                return  # it went with its download
             entry = self.registry.get(name)
-            self._refuse_directory(entry, origin)
+            refuse_directorys(entry, origin)
             if entry.pinned:
                 await self._set_pinned(entry, False)
-            served = self._forget(entry)
-        retiring = None
-        if served is not None:
+            self._forget(entry)
+        for served in self.contents.of(name):
             if force:
-                served.removed = True
-                self.abort_elsewhere(served.request_ids)
-                await self.runtime.abort(served.request_ids)
-            retiring = self.spawn(self.contents.retire(served))
+                served.take_away()
+            self._retire(served)
+        retiring = [task for served, task in self._retiring.items() if served.name == name and not task.done()]
+        if force:
+            await self._abort(name)
         for derived in self._origins.derived_from(name):
             with contextlib.suppress(UnknownAdapterError):  # removed by somebody else meanwhile
                 await self.remove(derived, force=force, wait=wait)
-        if wait and retiring is not None:
-            await asyncio.shield(retiring)
+        if wait:
+            await asyncio.shield(asyncio.gather(*retiring))
 
     async def pin(self, name: str, pinned: bool) -> AdapterEntry:
         """Keep an adapter in host memory and in a slot, or no longer. Raises AdapterConflictError."""
@@ -199,8 +210,7 @@ class AdapterService:
 
         Raises what makes the adapter unusable. Does nothing for names that are no adapter's.
         """
-        derivation = split_derived(name)
-        entry = self.registry.find(name) if derivation is None else await self._derived(name, *derivation)
+        entry = await self._resolve(name)
         if entry is None:
             return
         stored = await self._read_if_needed(entry)
@@ -212,71 +222,60 @@ class AdapterService:
         """Begin to load the adapters whose turn comes next, where the host memory has places beyond the slots."""
         for digest in self.turnstile.next(max(0, self.cache.capacity - self._slots)):
             if not self.cache.ready(digest) and not self.cache.loading(digest):
-                self.spawn(self._prefetch_quietly(digest))
+                self.tasks.spawn(self._prefetch_quietly(digest))
 
     async def residency(self) -> Residency:
         """What the engine holds now."""
         return await self.runtime.residency()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something beside the requests."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("work beside the requests failed: %s", task.exception())
-
     async def close(self) -> None:
         """End what runs beside the requests."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.tasks.close()
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do what others may wait for too, also when the request that began it is given up."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: task.cancelled() or task.exception())  # seen, even if nobody waits any more
-        return await asyncio.shield(task)
-
     async def _read_if_needed(self, entry: AdapterEntry) -> StoredAdapter:
         if entry.version is None:
             await self._read_parts(entry.source)
-            await self._to_the_end(self._first_read(entry))
+            await self.tasks.to_the_end(self._first_read(entry))
         if entry.version is None or self.registry.find(entry.name) is not entry:  # removed at once
-            raise self._unknown(entry.name)
+            raise unknown(entry.name)
         return entry.version
 
     async def _first_read(self, entry: AdapterEntry) -> None:
         async with self._lock(entry.name):
             if self.registry.find(entry.name) is not entry:
-                raise self._unknown(entry.name)
+                raise unknown(entry.name)
             if entry.version is None:
                 if entry.failure is not None and time.monotonic() - entry.failed_at < _RETRY_S:
-                    raise entry.failure
+                    raise entry.failure.with_traceback(None)
                 await self._read(entry, entry.source)
 
-    async def _derived(self, name: str, parent_name: str, spec: str) -> AdapterEntry | None:
-        """The entry of an adapter that is made from another one: made when it is first asked for, and anew when the
-        other one has new content. None when there is no other one."""
-        parent = self.registry.find(parent_name)
-        if parent is None:
-            return None
-        content = await self._read_if_needed(parent)
-        source = f"{content.digest}@{spec}"
-        entry = self.registry.find(name)
-        if entry is not None and entry.source == source and entry.version is not None:
-            return entry
-        return await self._to_the_end(self._make_derived(name, parent, source))
+    async def _resolve(self, name: str) -> AdapterEntry | None:
+        """What a name stands for. One that is derived is made when it is first asked for, and anew when what it is made
+        from has new content. None when there is no such adapter, or none to derive it from."""
+        if (derivation := split_derived(name)) is None:
+            return self.registry.find(name)
+        parent_name, spec = derivation
+        while (parent := self.registry.find(parent_name)) is not None:
+            content = await self._read_if_needed(parent)
+            source = f"{content.digest}@{spec}"
+            entry = self.registry.find(name)
+            if entry is not None and entry.source == source and entry.version is not None:
+                return entry
+            underivable = self.current[parent_name].underivable
+            if spec in underivable:
+                raise underivable[spec].with_traceback(None)
+            check_spec(spec, content.heads)
+            try:
+                return await self.tasks.to_the_end(self._make_derived(name, parent, source))
+            except UnknownAdapterError as error:
+                if parent.version is content:
+                    underivable[spec] = error
+                    raise
+                # Otherwise it has new content meanwhile.
+        return None
 
     async def _make_derived(self, name: str, parent: AdapterEntry, source: str) -> AdapterEntry | None:
         async with self._lock(name):
@@ -289,24 +288,25 @@ class AdapterService:
                 try:
                     await self._read(entry, source)
                 except BaseException:
-                    if (served := self._forget(entry)) is not None:
-                        self.spawn(self.contents.retire(served))
+                    self._forget(entry)
                     raise
         return entry
 
     async def _read_parts(self, source: str) -> None:
         """Read what a composition is made of. Before its own name is locked: two that are made of each other would
         wait for ever."""
-        for part in self._origins.parts(source):
-            await self._read_if_needed(part)
+        for name in self._origins.parts(source):
+            await self._resolve(name)
+            await self._read_if_needed(self._origins.part(name))
 
     async def _read(self, entry: AdapterEntry, source: str, digest: str | None = None) -> None:
         """Read an entry's content, and let new requests use that. What they used before ends with its requests."""
         progress = self.progress[entry.name] = Progress()
         old, stored = self.current.get(entry.name), None
         try:
-            async with self._origins.open(entry, source, progress, digest) as read:
+            async with self._origins.open(entry, source, progress) as read:
                 stored = read.stored
+                refuse_other_content(stored, digest, source)
                 # A replacement is to be as quick as what it replaces; a new adapter must not push out one that is used.
                 await self.cache.prefetch(stored, evict=old is not None)
                 await self._install(entry, read, source)
@@ -316,7 +316,7 @@ class AdapterService:
         finally:
             del self.progress[entry.name]
             if old is not None and old is not self.current.get(entry.name):
-                self.spawn(self.contents.retire(old))
+                self._retire(old)
             if stored is not None:
                 await self.contents.free(stored.digest)
 
@@ -333,10 +333,24 @@ class AdapterService:
         if entry.pinned and old != read.stored:
             await self._pins.move(entry, old)
 
-    def _forget(self, entry: AdapterEntry) -> ServedAdapter | None:
-        """Take the name away; what it stood for, to be retired."""
+    def _forget(self, entry: AdapterEntry) -> None:
+        """Take the name away. What it stood for ends with the requests that use it."""
         self.registry.remove(entry.name)
-        return self.contents.withdraw(entry.name)
+        if (served := self.contents.withdraw(entry.name)) is not None:
+            self._retire(served)
+
+    def _retire(self, served: ServedAdapter) -> asyncio.Task[None]:
+        """End what is not current any more, beside the requests; the same task for all who wait for that."""
+        retiring = self._retiring.get(served)
+        if retiring is None or retiring.done():
+            retiring = self._retiring[served] = self.tasks.spawn(self.contents.retire(served))
+        return retiring
+
+    async def _abort(self, name: str) -> None:
+        """End the requests that run with this name."""
+        running = [request_id for served in self.contents.of(name) for request_id in served.request_ids]
+        self.abort_elsewhere(running)
+        await self.runtime.abort(running)
 
     async def _set_pinned(self, entry: AdapterEntry, pinned: bool) -> None:
         if pinned and not entry.pinned:
@@ -362,25 +376,3 @@ class AdapterService:
             raise AdapterConflictError(
                 what="name", got=f"{name!r}, the base model's", expected="another name", fix="choose another name"
             )
-
-    def _refuse_directory(self, entry: AdapterEntry, origin: Origin) -> None:
-        """What a directory wishes is changed there: taken away here, it would be back with the next start."""
-        if entry.origin is Origin.DIRECTORY and origin is not Origin.DIRECTORY:
-            raise AdapterConflictError(
-                what="adapter",
-                got=f"{entry.name!r}, which comes from --adapter-dir",
-                expected="an adapter that was loaded at run time",
-                fix="change or remove its folder there",
-            )
-
-    def _refuse_other_source(self, entry: AdapterEntry, source: str) -> None:
-        if entry.source != source:
-            raise AdapterConflictError(
-                what="adapter",
-                got=f"{entry.name!r}, which is served from {without_secrets(entry.source)}",
-                expected="a name that is free",
-                fix="choose another name, or replace the adapter (PUT)",
-            )
-
-    def _unknown(self, name: str) -> UnknownAdapterError:
-        return UnknownAdapterError(what="adapter", got=repr(name), expected="a name that is served")

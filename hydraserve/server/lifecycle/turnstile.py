@@ -29,7 +29,7 @@ class Turnstile:
     longest. So with A adapters on S slots no request waits for more than about A / S turns, each of `turn_s` and the
     longest request that was running at its end.
 
-    Adapters that keep a slot of their own (see `set_slots`) pass at once and do not count.
+    Adapters that keep a slot of their own (see `set_slots`) pass at once and do not count, from when they have it.
     """
 
     def __init__(self, slots: int, turn_s: float = TURN_S, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,6 +38,8 @@ class Turnstile:
         # In the order in which the adapters' oldest waiting requests came.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._exempt: frozenset[str] = frozenset()
+        self._owners: frozenset[str] = frozenset()  # those of them that have got their slot
+        self._coming: list[asyncio.Future[None]] = []  # who waits for more of them
 
     @property
     def active(self) -> int:
@@ -87,11 +89,16 @@ class Turnstile:
     def advance(self) -> None:
         """Let in whoever may be. Called whenever something has changed."""
         now = self._clock()
-        someone_waits = False
+        # While more adapters have turns than there are slots for, turns have to end as well.
+        someone_waits = self._taken() > self._slots
+        if not someone_waits:
+            self._hand_over()
         for adapter in list(self._waiting):
             turn = self._turns.get(adapter)
-            if adapter in self._exempt:
+            if adapter in self._owners or (adapter in self._exempt and turn is not None):
                 self._let_in(adapter, now)
+            elif adapter in self._exempt:
+                continue  # its slot is still in use; no turn of another one has to end for it besides
             elif turn is not None:
                 if not someone_waits or now - turn.started < self._turn_s:
                     self._let_in(adapter, now)
@@ -104,9 +111,32 @@ class Turnstile:
         return sum(adapter not in self._exempt for adapter in self._turns)
 
     def set_slots(self, slots: int, exempt: Collection[str] = ()) -> None:
-        """How many adapters may be in the engine at once, besides those that have a slot of their own."""
+        """How many adapters may be in the engine at once, besides those that have a slot of their own.
+
+        Such a slot may still be in use by others: it is the adapter's once no more than `slots` others have turns.
+        """
         self._slots, self._exempt = slots, frozenset(exempt)
+        self._owners &= self._exempt
+        self._wake()
         self.advance()
+
+    async def own_slot(self, adapter: str) -> None:
+        """Wait until an adapter has the slot of its own that it was given, or is not to have one any more."""
+        while adapter in self._exempt - self._owners:
+            coming = asyncio.get_running_loop().create_future()
+            self._coming.append(coming)
+            await coming
+
+    def _hand_over(self) -> None:
+        if self._owners != self._exempt:
+            self._owners = self._exempt
+            self._wake()
+
+    def _wake(self) -> None:
+        for coming in self._coming:
+            if not coming.done():
+                coming.set_result(None)
+        self._coming.clear()
 
     @property
     def has_place(self) -> bool:

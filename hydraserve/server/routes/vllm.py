@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from hydraserve.adapters.sources import without_secrets
 from hydraserve.errors import AdapterConflictError
 from hydraserve.server.errors import error_response
-from hydraserve.server.lifecycle.served import may_see
+from hydraserve.server.lifecycle.served import may_see, told_all
 from hydraserve.server.routes.adapters import Service
 from hydraserve.server.schemas import LoadLora, UnloadLora
 
@@ -53,7 +53,7 @@ async def list_models(request: Request, service: Service) -> dict[str, Any]:
             card = {
                 **base,
                 "id": entry.name,
-                "root": without_secrets(entry.source),
+                "root": without_secrets(entry.source) if told_all() else None,
                 "parent": base["id"],
                 "max_model_len": None,
             }
