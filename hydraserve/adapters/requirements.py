@@ -47,9 +47,16 @@ def check_capacity(adapter: HydraAdapter, capacity: SlotCapacity) -> None:
         try:
             capacity.check(weights)
         except ValueError as error:
+            layout = weights.layout
             raise LimitError(
                 f"module {name}",
-                got=f"rank {weights.layout.rank}, {weights.layout.heads} heads",
+                got=f"rank {layout.rank}, {layout.heads} heads" + ("" if layout.shared_a else ", an A for each head"),
                 expected=str(error),
-                fix="start the server with larger --max-rank and --max-heads",
+                fix=f"start the server with {_flags_for(adapter)}",
             ) from error
+
+
+def _flags_for(adapter: HydraAdapter) -> str:
+    """The least that makes room for every module of this adapter (`sizing.plan_slots`)."""
+    flags = f"--max-rank {adapter.rank} --max-heads {adapter.heads} (or more)"
+    return flags if all(layout.shared_a for layout in adapter.layouts) else f"{flags} and --per-head-a"

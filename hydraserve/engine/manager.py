@@ -24,7 +24,7 @@ from hydraserve.adapters.store import is_stored, read_stored
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import HydraLinear, ModuleWeights, resolved_dtype, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
-from hydraserve.engine.options import EngineOptions
+from hydraserve.engine.options import EngineOptions, refuse_wrong_results
 from hydraserve.engine.routing import RoutingRecorder, SlotEvents
 from hydraserve.engine.worker import AdapterLoader
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError
@@ -172,6 +172,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: dict[str, str]) -> None:
         super().__init__(vllm_config, device, embedding_modules, lora_model_cls=HydraLoRAModel)
+        refuse_wrong_results(fully_sharded_loras=self.lora_config.fully_sharded_loras)  # here also for `vllm serve`
         self.options = EngineOptions.from_vllm_config(vllm_config)
         self.loader = AdapterLoader(self)
         self._unloaded: set[int] = set()
