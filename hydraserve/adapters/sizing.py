@@ -35,7 +35,7 @@ def readable_adapters(directory: Path) -> list[AdapterSummary]:
     if not directory.is_dir():
         raise ConfigError(what="--adapter-dir", got=str(directory), expected="a folder", fix="make it")
     found = []
-    for path in sorted(directory.iterdir()):
+    for path in sorted(path for path in directory.iterdir() if not path.name.startswith(".")):
         with contextlib.suppress(AdapterError):
             found.append(inspect_adapter(path))
     return found

@@ -21,6 +21,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.requirements import check_capacity
 from hydraserve.adapters.store import is_stored, read_stored
+from hydraserve.adapters.validate import check_range
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import HydraLinear, ModuleWeights, resolved_dtype, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
@@ -200,6 +201,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             "slots": self._adapter_manager.lora_slots,
             "host_adapters": self._adapter_manager.capacity,
             "capacity": [capacity.rows, capacity.k, capacity.heads],
+            "dtype": str(resolved_dtype(self.lora_config)).removeprefix("torch."),
             "targets": sorted({name.rpartition(".")[2] for name in self._adapter_manager.adaptable}),
         }
 
@@ -286,11 +288,14 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return self._to_model(adapter, lora_request.lora_int_id)
 
     def _to_model(self, adapter: HydraAdapter, adapter_id: int) -> HydraLoRAModel:
-        """Raises LimitError or BaseMismatchError when this model cannot take the adapter."""
+        """Raises LimitError, BaseMismatchError or NonFiniteError when this model cannot take the adapter."""
         check_capacity(adapter, self.options.capacity)
+        dtype = resolved_dtype(self.lora_config)
+        if dtype is torch.float16:  # the one that ends early; what is stored may have been checked for another
+            check_range(adapter, dtype)
         mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
         if mapper is not None:
             mapper = mapper.get_rename_mapper()
-        lora = to_lora_model(adapter, adapter_id, resolved_dtype(self.lora_config), mapper)
+        lora = to_lora_model(adapter, adapter_id, dtype, mapper)
         self._adapter_manager.check(lora)
         return lora

@@ -22,6 +22,7 @@ from hydraserve.adapters.checkpoint import (
     save_hydralora,
     save_lora,
 )
+from hydraserve.adapters.formats.writing import scaling_fields
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import UnsupportedFeatureError
 
@@ -81,14 +82,12 @@ def test_lora_comes_back(adapter: HydraAdapter, safetensors: bool) -> None:
 @settings(max_examples=100, deadline=None)
 @given(rank=st.integers(1, 1024), alpha=st.floats(1e-6, 1e6) | st.integers(1, 4096).map(float))
 def test_every_scaling_that_training_makes_is_kept(rank: int, alpha: float) -> None:
-    from hydraserve.adapters.formats.writing import alpha_of
-
     for scaling in (alpha / rank, alpha / math.sqrt(rank)):
-        layout = Layout(rank)
-        made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), layout, scaling=scaling)
-        assert abs(alpha_of(made) / rank - scaling) <= math.ulp(scaling)
-    made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), Layout(rank), scaling=alpha / rank)
-    assert alpha_of(made) / rank == alpha / rank
+        made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), Layout(rank), scaling=scaling)
+        fields = scaling_fields(HydraAdapter.of({"up_proj": made}), rank_stabilized=True)
+        divisor = math.sqrt(rank) if fields["use_rslora"] else rank
+        assert fields["lora_alpha"] / divisor == scaling
+    assert scaling_fields(HydraAdapter.of({"up_proj": made}), rank_stabilized=False)["use_rslora"] is False
 
 
 def hydra(rank: int = 2, heads: int = 3, seed: int = 0) -> HydraWeights:

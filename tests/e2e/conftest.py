@@ -52,6 +52,7 @@ def server(
     arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
+    arguments += ["--max-rank", "16", "--max-heads", "4"]  # for the adapters that tests load
     arguments += ["--metrics-adapters", "1000"]  # metrics of every adapter, however many the tests load
     arguments += ["--router-metrics", "on", "--allow-source", str(tmp_path_factory.getbasetemp())]
     log = tmp_path_factory.mktemp("server") / "server.log"
