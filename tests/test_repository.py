@@ -34,7 +34,15 @@ PUBLIC = {
         "make_slots",
         "shrink",
     },
-    "hydraserve.models": {"BASE_MODELS", "BaseModel", "base_shapes", "check_fits", "demo_model", "resolve_model"},
+    "hydraserve.models": {
+        "BASE_MODELS",
+        "BaseModel",
+        "ModelAccess",
+        "base_shapes",
+        "check_fits",
+        "demo_model",
+        "resolve_model",
+    },
     "hydraserve.tuner": {
         "HydraLoraConfig",
         "HydraLoraLayer",

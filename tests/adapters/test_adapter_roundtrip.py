@@ -26,7 +26,6 @@ from hydraserve.adapters.formats.writing import scaling_fields
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import UnsupportedFeatureError
 
-ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "adapters" / "mlp_r2_e2"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 PATHS = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "12", "mlp", "q_proj", "x-y"]), min_size=1, max_size=5
@@ -128,15 +127,15 @@ def test_the_authors_files_to_the_letter(tmp_path: Path) -> None:
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors.values()), "no head drags the others along"
 
 
-@pytest.mark.skipif(not ORACLE.exists(), reason="the oracle is not beside this checkout")
-def test_the_authors_own_adapter_is_written_as_it_was(tmp_path: Path) -> None:
-    adapter = load_adapter(ORACLE)
+def test_the_authors_own_adapter_is_written_as_it_was(tmp_path: Path, oracle: Path) -> None:
+    source = oracle / "adapters" / "mlp_r2_e2"
+    adapter = load_adapter(source)
     save_hydralora(adapter, tmp_path, lora_dropout=0.05)
-    ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, ORACLE))
+    ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, source))
     assert sorted(ours.pop("target_modules")) == sorted(theirs.pop("target_modules"))
     assert ours == theirs
     saved, original = (
-        torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu") for folder in (tmp_path, ORACLE)
+        torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu") for folder in (tmp_path, source)
     )
     assert list(saved) == list(original)
     for name, tensor in original.items():
