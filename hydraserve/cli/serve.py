@@ -67,12 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-adapters", type=int, help="adapters kept in host memory (default: as many as given)")
     parser.add_argument(
-        "--max-rank", type=int, help=f"largest rank to leave room for (default: the adapters', else {DEFAULT_MAX_RANK})"
+        "--max-rank",
+        type=int,
+        help=f"rank of the largest adapter to leave room for (default: the given ones', else {DEFAULT_MAX_RANK})",
     )
     parser.add_argument(
         "--max-heads",
         type=int,
-        help=f"largest number of heads to leave room for (default: the adapters', else {DEFAULT_MAX_HEADS})",
+        help=f"heads of that adapter; with neither flag, no more room than the given adapters need "
+        f"(default: the given ones', else {DEFAULT_MAX_HEADS})",
     )
     parser.add_argument(
         "--per-head-a",

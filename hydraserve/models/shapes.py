@@ -77,10 +77,7 @@ def skeleton(model: str | Path | PreTrainedConfig, access: ModelAccess = BY_NAME
 def _other_base(config: PreTrainedConfig) -> str:
     inner = getattr(config, "text_config", None)
     if inner is not None:  # LLaVA and its like
-        return (
-            f"serve its language model ({inner.model_type}) alone: save it as a checkpoint of its own. Models of "
-            "images and text are not served whole"
-        )
+        return f"serve its language model ({inner.model_type}) alone, saved as a checkpoint of its own"
     return "serve another base, or update transformers"
 
 
