@@ -1,6 +1,7 @@
 """A server's answers against recorded ones: tokens and log-probabilities of greedy completions.
 
-    python benchmarks/parity.py --url http://127.0.0.1:8000 --model oracle --expected expected.json --dtype bfloat16
+    python benchmarks/parity.py --url http://127.0.0.1:8000 --model oracle --dtype bfloat16 \\
+        --expected tests/oracle/expected/mlp_r2_e2.json
 
 The recorded file holds, for each dtype, prompts as token ids, the greedy tokens, and for every step the most likely
 tokens with their log-probabilities. Texts are compared up to the first token that differs: from there on they are

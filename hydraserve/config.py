@@ -89,8 +89,10 @@ class ServeConfig:
     slots:          adapters that can be in one batch. None: the given ones, at most DEFAULT_SLOTS; with
                     --max-adapters given, room for those too, up to DEFAULT_SLOTS.
     max_adapters:   adapters kept in host memory. None: the given ones, at least the slots.
-    max_rank, max_heads: the largest adapter to leave room for. None: as the given ones need (without any:
+    max_rank, max_heads: the largest adapter to leave room for, besides the given ones. One of them alone: with the
+                    other as large as among the given ones. Neither: no more than the given ones need (without any:
                     DEFAULT_MAX_RANK, DEFAULT_MAX_HEADS).
+    per_head_a:     that adapter has one A for each head.
     target_modules: the linear layers to wrap, by last name component. None: those the given adapters use
                     (without any: all).
     router_metrics: every so many engine steps routers are counted for the metrics; 0: never.
@@ -103,6 +105,7 @@ class ServeConfig:
     max_adapters: int | None = None
     max_rank: int | None = None
     max_heads: int | None = None
+    per_head_a: bool = False
     target_modules: tuple[str, ...] | None = None
     host: str = ""
     port: int = 8000

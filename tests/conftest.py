@@ -36,22 +36,10 @@ def demo_model() -> Path:
     return demo_model()
 
 
-ORACLE = ROOT.parent / "shared" / "oracle"
-
-
 @pytest.fixture(scope="session")
 def oracle() -> Path:
-    """Adapters trained with the authors' code, and what that code answers; kept beside the repository."""
-    if not ORACLE.is_dir():
-        pytest.skip(f"no reference data of the authors' code at {ORACLE}")
-    return ORACLE
-
-
-@pytest.fixture(scope="session")
-def trained_adapter() -> Path:
-    """An adapter with trained routers: of the reference data, or an example where there is none."""
-    authors = ORACLE / "adapters" / "mlp_r2_e2"
-    return authors if authors.is_dir() else ROOT / "examples" / "adapters" / "words"
+    """An adapter trained with the authors' code, and what that code answers; see the README there."""
+    return ROOT / "tests" / "oracle"
 
 
 @pytest.fixture(scope="session")

@@ -224,3 +224,50 @@ def malformed(good: Path, folder: Path, count: int, seed: int = 0) -> Iterator[t
         path = folder / f"{i}-{fault.__name__}"
         fault(path, adapter, random.Random(f"{seed}-{i}"))
         yield fault.__name__, path
+
+
+# Of the adapter in tests/oracle: each fault, and what the error must name.
+_LAYERS = "base_model.model.model.layers."
+NAMED: dict[str, str] = {
+    "head_missing": f"{_LAYERS}7.mlp.up_proj.lora_B1.weight",
+    "too_few_heads_in_tensors": "lora_nums",
+    "router_rows": f"{_LAYERS}3.mlp.gate_proj.lora_route.weight",
+    "in_features": f"{_LAYERS}5.mlp.down_proj.lora_A.weight",
+    "nan": f"{_LAYERS}10.mlp.gate_proj.lora_B0.weight",
+    "config_invalid_json": CONFIG,
+    "rank_zero": "r: got 0",
+    "heads_million": "lora_nums",
+    "config_only": "weights file",
+    "truncated": SAFETENSORS,
+    "pickle": BIN,
+}
+CONTROLS = ("control_bin", "control_safetensors")
+
+
+def named(good: Path, folder: Path) -> None:
+    """A folder for each of NAMED, and for each of CONTROLS, which have no fault."""
+    adapter = Good(good)
+    config, tensors = adapter.config, adapter.copy()
+    router, a, b = (NAMED[fault] for fault in ("router_rows", "in_features", "nan"))
+    with_nan = adapter.copy()
+    with_nan[b].view(-1)[0] = float("nan")
+    changed: dict[str, tuple[dict[str, Any], Tensors]] = {
+        "head_missing": (config, {name: t for name, t in tensors.items() if name != NAMED["head_missing"]}),
+        "too_few_heads_in_tensors": ({**config, "lora_nums": config["lora_nums"] + 2}, tensors),
+        "router_rows": (config, {**tensors, router: torch.cat([tensors[router], tensors[router][:1]])}),
+        "in_features": (config, {**tensors, a: tensors[a][:, :576]}),
+        "nan": (config, with_nan),
+        "rank_zero": ({**config, "r": 0}, tensors),
+        "heads_million": ({**config, "lora_nums": 10**6}, tensors),
+        "control_safetensors": (config, tensors),
+    }
+    folder.mkdir()
+    for fault, (fields, content) in changed.items():
+        write(folder / fault, fields, content, binary=False)
+    write(folder / "control_bin", config, tensors, binary=True)
+    write(folder / "config_invalid_json", json.dumps(config).encode()[:120], tensors, binary=False)
+    write(folder / "config_only", config, None, binary=False)
+    weights = write(folder / "truncated", config, tensors, binary=False)
+    os.truncate(weights, weights.stat().st_size * 6 // 10)
+    weights = write(folder / "pickle", config, None, binary=True)
+    weights.write_bytes(pickle.dumps(_Payload(str(folder / "PWNED"))))

@@ -161,6 +161,13 @@ def test_a_model_that_is_no_language_model_is_refused() -> None:
         base_shapes(ViTConfig())
 
 
+def test_a_model_of_images_and_text_says_what_can_be_served_of_it() -> None:
+    from transformers import LlavaConfig
+
+    with pytest.raises(ModelError, match=r"serve its language model \(llama\) alone"):
+        base_shapes(LlavaConfig())
+
+
 def test_fitting_counts_weights_and_slots(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())  # at the least, 16 bits each
@@ -169,6 +176,8 @@ def test_fitting_counts_weights_and_slots(tiny_llama: Path, monkeypatch: pytest.
     with pytest.raises(ModelTooLargeError, match="the memory of a test"):
         check_fits(str(tiny_llama), 1001)
     check_fits(str(tiny_llama), 1001, extra_bytes=1)
+    check_fits(str(tiny_llama), 1001, nodes=2)
+    check_fits(str(tiny_llama), 1000 + weights // 2, bits=8)
 
 
 def test_fitting_takes_a_quantised_base_by_its_files(tiny_llama: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ PUBLIC = {
     "hydraserve.models": {
         "BASE_MODELS",
         "BaseModel",
+        "ModelAccess",
         "base_shapes",
         "check_fits",
         "demo_model",

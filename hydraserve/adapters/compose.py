@@ -28,10 +28,11 @@ from hydraserve.adapters.formats.plan import PREFIX
 from hydraserve.adapters.limits import DEFAULT_LIMITS, AdapterLimits
 from hydraserve.adapters.sources.policy import SourcePolicy, split_scheme
 from hydraserve.adapters.tensors import open_tensors
-from hydraserve.adapters.validate import check_finite
+from hydraserve.adapters.validate import check_finite, check_gathered
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import (
     AdapterConfigError,
+    DuplicateModuleError,
     LimitError,
     MissingTensorError,
     ShapeError,
@@ -113,15 +114,21 @@ def read_router(folder: Path, limits: AdapterLimits = DEFAULT_LIMITS) -> RouterF
     """
     config_path = folder / ROUTER_CONFIG_NAME
     config = read_config(config_path, limits) if config_path.exists() else AdapterConfig({}, limits)
-    tensors = open_tensors(folder / ROUTER_NAME, limits).load()
+    file = open_tensors(folder / ROUTER_NAME, limits)
+    check_gathered(file.infos)
     biases: dict[str, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in file.load().items():
         check_finite(name, tensor)
         module, _, part = name.removeprefix(PREFIX).rpartition(".router.")
         if not module or part not in ("weight", "bias"):
             raise UnexpectedTensorError(name, got="a tensor that is no router's", expected="{module}.router.weight")
-        (weights if part == "weight" else biases)[module] = tensor
+        tensors = weights if part == "weight" else biases
+        if module in tensors:
+            raise DuplicateModuleError(
+                f"{module}.router.{part}", got="two such tensors, with and without a prefix", expected="one of them"
+            )
+        tensors[module] = tensor
     if alone := sorted(set(biases) - set(weights)):
         raise MissingTensorError(f"{alone[0]}.router.weight", got="only its bias", expected="the router")
     routers = {module: (router, biases.get(module)) for module, router in weights.items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from hydra_kernels import SlotCapacity
 
 from hydraserve.adapters.limits import DEFAULT_LIMITS, AdapterLimits
-from hydraserve.adapters.validate import check_base
+from hydraserve.adapters.validate import check_base, check_range
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import BaseMismatchError, LimitError
 
@@ -19,16 +20,18 @@ class Requirements:
     base_shapes: module path -> (in_features, out_features) of the base model's linear layers.
     capacity:    the largest adapter that a slot takes.
     targets:     last components of the paths of the modules that the engine wraps.
+    dtype:       of the adapters in the engine.
     limits:      how large an adapter's files may be.
     """
 
     base_shapes: Mapping[str, tuple[int, int]]
     capacity: SlotCapacity
     targets: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
     limits: AdapterLimits = DEFAULT_LIMITS
 
     def check(self, adapter: HydraAdapter) -> None:
-        """Raises BaseMismatchError or LimitError when `adapter` cannot be served."""
+        """Raises BaseMismatchError, LimitError or NonFiniteError when `adapter` cannot be served."""
         check_base(adapter, self.base_shapes)
         unwrapped = sorted(set(adapter.targets) - set(self.targets))
         if unwrapped:
@@ -39,6 +42,7 @@ class Requirements:
                 fix="start the server with this adapter, or with --target-modules that include its modules",
             )
         check_capacity(adapter, self.capacity)
+        check_range(adapter, self.dtype)
 
 
 def check_capacity(adapter: HydraAdapter, capacity: SlotCapacity) -> None:
@@ -47,9 +51,16 @@ def check_capacity(adapter: HydraAdapter, capacity: SlotCapacity) -> None:
         try:
             capacity.check(weights)
         except ValueError as error:
+            layout = weights.layout
             raise LimitError(
                 f"module {name}",
-                got=f"rank {weights.layout.rank}, {weights.layout.heads} heads",
+                got=f"rank {layout.rank}, {layout.heads} heads" + ("" if layout.shared_a else ", an A for each head"),
                 expected=str(error),
-                fix="start the server with larger --max-rank and --max-heads",
+                fix=f"start the server with {_flags_for(adapter)}",
             ) from error
+
+
+def _flags_for(adapter: HydraAdapter) -> str:
+    """The least that makes room for every module of this adapter (`sizing.plan_slots`)."""
+    flags = f"--max-rank {adapter.rank} --max-heads {adapter.heads} (or more)"
+    return flags if all(layout.shared_a for layout in adapter.layouts) else f"{flags} and --per-head-a"

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from hydra_kernels import SlotCapacity
 
 
@@ -18,12 +19,14 @@ class EngineSizes:
     host_adapters: adapters kept in host memory, at least the slots.
     capacity:      the largest adapter that a slot takes.
     targets:       last components of the paths of the wrapped modules.
+    dtype:         of the adapters.
     """
 
     slots: int
     host_adapters: int
     capacity: SlotCapacity
     targets: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

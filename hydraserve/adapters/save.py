@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydraserve.adapters.formats.plan import PREFIX
-from hydraserve.adapters.formats.writing import alpha_of, default_and_pattern, no_place, write_folder
+from hydraserve.adapters.formats.writing import default_and_pattern, no_place, scaling_fields, write_folder
 from hydraserve.adapters.weights import HydraAdapter, HydraWeights
 
 
@@ -31,8 +31,8 @@ def save_hydralora(
     `alpha_pattern` are added, which `load_adapter` follows. The authors' own code ignores these fields: it then
     stops at the shapes of the router or of B, rather than to compute something else.
 
-    `lora_alpha` is what gives the layer's scaling when it is divided by r, so the digest stays what it was (a scaling
-    that no float64 divided by r gives, which no training produces, comes back one unit in the last place away).
+    `lora_alpha` is what gives the layer's scaling when it is divided by r, so the digest stays what it was. Some
+    scalings of rsLoRA are no float64 divided by r; such a one comes back one unit in the last place away.
 
     Raises UnsupportedFeatureError for weights that this layout has no place for: no router, one A per head, top-k, a
     router bias. Nothing is written then.
@@ -65,7 +65,7 @@ def _save_mixture(adapter: HydraAdapter, path: Path, safetensors: bool, lora_dro
         "lora_dropout": lora_dropout,
         "lora_nums": heads,
         "merge_weights": False,
-        **_common_fields(adapter),
+        **_common_fields(adapter, rank_stabilized=False),  # the authors' code would not follow use_rslora
     }
     if heads_pattern:
         config["lora_nums_pattern"] = heads_pattern
@@ -88,8 +88,7 @@ def save_lora(adapter: HydraAdapter, path: Path | str, *, safetensors: bool = Tr
         "init_lora_weights": True,
         "lora_dropout": lora_dropout,
         "use_dora": False,
-        "use_rslora": False,
-        **_common_fields(adapter),
+        **_common_fields(adapter, rank_stabilized=True),
         # Whole paths: last components alone would adapt every layer, also those that the adapter left out.
         "target_modules": list(adapter.modules),
     }
@@ -112,21 +111,23 @@ def _check_mixture(module: str, weights: HydraWeights, shared_a: bool) -> None:
             raise no_place(module, got, expected, "HydraLoRA" if shared_a else "LoRAMoE")
 
 
-def _common_fields(adapter: HydraAdapter) -> dict[str, Any]:
-    """What both layouts have: the sizes, and the fields that never vary."""
+def _common_fields(adapter: HydraAdapter, *, rank_stabilized: bool) -> dict[str, Any]:
+    """What both layouts have: the sizes, and the fields that never vary. rank_stabilized: see `scaling_fields`."""
     rank, rank_pattern = default_and_pattern(adapter, lambda weights: weights.layout.rank)
-    alpha, alpha_pattern = default_and_pattern(adapter, alpha_of)
+    scaling = scaling_fields(adapter, rank_stabilized=rank_stabilized)
     fields: dict[str, Any] = {
         "base_model_name_or_path": adapter.base_model,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_alpha": alpha,
+        "lora_alpha": scaling["lora_alpha"],
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "target_modules": list(dict.fromkeys(path.rpartition(".")[2] for path in adapter.modules)),
         "task_type": "CAUSAL_LM",
     }
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    if rank_stabilized:
+        fields["use_rslora"] = scaling["use_rslora"]
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": scaling["alpha_pattern"]}
     return fields | {name: pattern for name, pattern in patterns.items() if pattern}

@@ -42,6 +42,25 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def check_range(adapter: HydraAdapter, dtype: torch.dtype) -> None:
+    """Raises NonFiniteError when a number of the adapter is infinite in the engine's dtype: float16 ends at 65,504."""
+    largest = torch.finfo(dtype).max
+    for path, weights in adapter.modules.items():
+        factor = max(1.0, abs(weights.scaling))  # B counts as it is and with its scaling, as it lies in the slot
+        for name, tensor, times in (("A", weights.a, 1.0), ("router", weights.router, 1.0), ("B", weights.b, factor)):
+            if tensor is None:
+                continue
+            low, high = torch.aminmax(tensor)
+            size = max(-low.item(), high.item()) * times
+            if size > largest:
+                raise NonFiniteError(
+                    f"{name} of {path}",
+                    got=f"values up to {size:.3g}" + (f", {times:.3g} being the scaling" if times > 1 else ""),
+                    expected=f"at most {largest:.6g}, the largest number of {str(dtype).removeprefix('torch.')}",
+                    fix="serve with --dtype bfloat16 or float32, or check that the training converged",
+                )
+
+
 def check_base(adapter: HydraAdapter | AdapterSummary, base_shapes: Mapping[str, tuple[int, int]]) -> None:
     """Whether a base model has every module of the adapter, in the same size.
 

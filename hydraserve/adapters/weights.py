@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from hydra_kernels import HydraWeights, Layout, SlotCapacity
 
+from hydraserve.errors import NonFiniteError
+
 __all__ = ["AdapterSummary", "HydraAdapter", "HydraWeights", "Layout", "ModuleSummary", "content_digest"]
 
 
@@ -99,9 +101,19 @@ class HydraAdapter(_Sizes):
         """An adapter made of `modules` (at least one), with its digest computed.
 
         format: default "hydralora" where any module has a router, else "lora".
+
+        Raises NonFiniteError for a scaling that the engine, which computes with float32, would take for infinite.
         """
         if not modules:
             raise ValueError("adapter: got no modules, expected at least one")
+        for path, weights in modules.items():
+            if not abs(weights.scaling) <= torch.finfo(torch.float32).max:  # nor is it a NaN
+                raise NonFiniteError(
+                    f"scaling of {path}",
+                    got=weights.scaling,
+                    expected="a number that float32 holds",
+                    fix="correct lora_alpha, or the weight that the adapter is composed with",
+                )
         if format is None:
             format = "hydralora" if any(w.router is not None for w in modules.values()) else "lora"
         return cls(format, dict(modules), base_model, content_digest(modules), Path(source))

@@ -294,13 +294,20 @@ def read_settings(args: argparse.Namespace, loads: Sequence[Load], folder: Path)
     )
 
 
+def given_dtype(flags: Sequence[str]) -> str:
+    """--dtype among vLLM's flags, in either of its spellings."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dtype", default="auto")
+    return str(parser.parse_known_args(flags)[0].dtype)
+
+
 def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[Load]) -> list[str]:
     """The engine flags of every server: the given ones, and what makes a measurement of their defaults."""
     import torch
 
     from hydraserve.bench.capacity import kv_bytes_per_token
-    from hydraserve.cli.serve import dtype_bytes
     from hydraserve.models import resolve_model
+    from hydraserve.models.memory import dtype_bytes
     from hydraserve.models.shapes import skeleton
 
     given: list[str] = args.passthrough
@@ -308,7 +315,7 @@ def default_flags(args: argparse.Namespace, workload: Workload, loads: Sequence[
     batch = max((load.concurrency or 0 for load in loads), default=0) or 64
     tokens = -(-workload.longest // 128) * 128  # vLLM's largest default block
     config = skeleton(resolve_model(args.model)).config
-    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(config, dtype_bytes(given)))
+    kv_bytes = int(1.25 * batch * tokens * kv_bytes_per_token(config, dtype_bytes(given_dtype(given))))
     defaults = {
         "--max-num-seqs": [str(batch)],
         "--max-model-len": [str(tokens)],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the adapter, read it back, and compare the two.
+    """Write the adapter beside the target, read it back, compare the two, and only then put it there.
 
     Raises ConfigError when there is an adapter at the target already, AdapterError's subclasses for adapters that
     cannot be read or that the other layout cannot hold.
@@ -45,24 +47,41 @@ def run(args: argparse.Namespace) -> int:
     from hydraserve.adapters.locate import CONFIG_NAME
     from hydraserve.errors import AdapterError, ConfigError
 
-    if (args.target / CONFIG_NAME).exists() and not args.overwrite:
-        raise ConfigError("target", got=f"{args.target}, which holds an adapter", expected="none", fix="--overwrite")
+    target: Path = args.target
+    if (target / CONFIG_NAME).exists() and not args.overwrite:
+        raise ConfigError("target", got=f"{target}, which holds an adapter", expected="none", fix="--overwrite")
     adapter = load_adapter(args.source)
-    _save(adapter, args)
-    written = load_adapter(args.target)
-    if written.digest != adapter.digest:
-        raise AdapterError(
-            f"converting {args.source}",
-            got=f"digest {written.digest[:12]} of what was written",
-            expected=f"{adapter.digest[:12]}, that of the source",
-            fix="keep the source; the written copy differs from it",
-        )
-    print(f"{args.source} ({adapter.format}) -> {args.target} ({written.format})")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        draft = Path(folder) / "adapter"
+        _save(adapter, draft, args)
+        written = load_adapter(draft)
+        if written.digest != adapter.digest:
+            raise AdapterError(
+                f"converting {args.source}",
+                got=f"digest {written.digest[:12]} of what was written",
+                expected=f"{adapter.digest[:12]}, that of the source",
+                fix="nothing was kept: this format cannot hold the adapter to the last bit; --to molora can",
+            )
+        _put(draft, target)
+    print(f"{args.source} ({adapter.format}) -> {target} ({written.format})")
     print(f"{len(adapter.modules)} modules, {adapter.nbytes / 1e6:.2f} MB, digest {adapter.digest[:12]}: equal")
     return 0
 
 
-def _save(adapter: HydraAdapter, args: argparse.Namespace) -> None:
+def _put(draft: Path, target: Path) -> None:
+    """Move the files of `draft` to `target`, the configuration last. Other weights that lie there are removed: a reader
+    would not know which ones count."""
+    from hydraserve.adapters.locate import CONFIG_NAME, WEIGHTS_NAMES
+
+    target.mkdir(exist_ok=True)
+    for name in (CONFIG_NAME, *WEIGHTS_NAMES):
+        (target / name).unlink(missing_ok=True)
+    for file in sorted(draft.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+        os.replace(file, target / file.name)
+
+
+def _save(adapter: HydraAdapter, target: Path, args: argparse.Namespace) -> None:
     from hydraserve.adapters.formats.molora import save_molora
     from hydraserve.adapters.formats.peft import save_peft
     from hydraserve.adapters.save import save_hydralora, save_lora, save_loramoe
@@ -70,13 +89,13 @@ def _save(adapter: HydraAdapter, args: argparse.Namespace) -> None:
     dropout = _dropout(adapter)
     if args.to in ("hydralora", "loramoe"):
         save = save_hydralora if args.to == "hydralora" else save_loramoe
-        save(adapter, args.target, safetensors=args.safetensors, lora_dropout=dropout)
+        save(adapter, target, safetensors=args.safetensors, lora_dropout=dropout)
     elif args.to == "molora":
-        save_molora(adapter, args.target)
+        save_molora(adapter, target)
     elif args.to == "lora" or adapter.format == "lora":
-        save_lora(adapter, args.target, lora_dropout=dropout)
+        save_lora(adapter, target, lora_dropout=dropout)
     else:
-        save_peft(adapter, args.target, lora_dropout=dropout)
+        save_peft(adapter, target, lora_dropout=dropout)
 
 
 def _dropout(adapter: HydraAdapter) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import socket
 import sys
 import tempfile
@@ -13,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydraserve.cli.engine_settings import check_memory, fill_in, model_access, parse
 from hydraserve.config import (
     DEFAULT_MAX_BODY_MIB,
     DEFAULT_MAX_HEADS,
     DEFAULT_MAX_QUEUED,
     DEFAULT_MAX_RANK,
     DEFAULT_METRICS_ADAPTERS,
-    DEFAULT_SHUTDOWN_TIMEOUT,
     DEFAULT_SLOTS,
     DEFAULT_SOURCES,
     AdapterSource,
@@ -27,7 +25,7 @@ from hydraserve.config import (
     ServerSettings,
     take_secret,
 )
-from hydraserve.errors import ConfigError, PortInUseError
+from hydraserve.errors import AdapterConfigError, ConfigError, PortInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from hydraserve.adapters.sizing import SlotPlan
 
 HELP = "serve a base model and its adapters over an OpenAI-compatible API (the default command)"
-WORKER_EXTENSION = "hydraserve.engine.worker.HydraWorkerExtension"
 PASSES_THROUGH = True  # flags that are not ours go to vLLM
 AT_LEAST_ONE = (
     *("slots", "max_adapters", "max_rank", "max_heads", "router_metrics_every", "metrics_adapters"),
@@ -70,12 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-adapters", type=int, help="adapters kept in host memory (default: as many as given)")
     parser.add_argument(
-        "--max-rank", type=int, help=f"largest rank to leave room for (default: the adapters', else {DEFAULT_MAX_RANK})"
+        "--max-rank",
+        type=int,
+        help=f"rank of the largest adapter to leave room for (default: the given ones', else {DEFAULT_MAX_RANK})",
     )
     parser.add_argument(
         "--max-heads",
         type=int,
-        help=f"largest number of heads to leave room for (default: the adapters', else {DEFAULT_MAX_HEADS})",
+        help=f"heads of that adapter; with neither flag, no more room than the given adapters need "
+        f"(default: the given ones', else {DEFAULT_MAX_HEADS})",
+    )
+    parser.add_argument(
+        "--per-head-a",
+        action="store_true",
+        help="leave that room for adapters with one A for each head (LoRAMoE and its like, adapters under a router)",
     )
     parser.add_argument(
         "--target-modules",
@@ -148,26 +153,24 @@ def run(args: argparse.Namespace) -> int:
     if args.vllm_help:
         launch.parse(["--help=all"])
     config = serve_config(args)
-    passthrough: list[str] = args.passthrough
-    refuse_unsupported(passthrough)
-    if "--headless" not in passthrough:
-        check_port(config.host, config.port)
 
     from hydraserve.adapters.checkpoint import check_base, inspect_adapter
-    from hydraserve.adapters.sizing import plan_slots
-    from hydraserve.models import base_shapes, check_fits, resolve_model
+    from hydraserve.adapters.sizing import plan_slots, readable_adapters
+    from hydraserve.models import base_shapes, resolve_model
+    from hydraserve.models.memory import dtype_bytes
 
     summaries = [inspect_adapter(source.path) for source in config.adapters]
-    if config.adapter_dir is not None:
-        config = with_room_for(config, config.adapter_dir, summaries)
-    model = resolve_model(config.model)
-    shapes = base_shapes(model)
+    later = readable_adapters(config.adapter_dir) if config.adapter_dir else []
+    parsed = parse(config, resolve_model(config.model), args.passthrough)
+    if not parsed.headless:
+        check_port(config.host, config.port)
+    shapes = base_shapes(parsed.model, model_access(parsed))
     for summary in summaries:
         check_base(summary, shapes)
-    plan = plan_slots(config, summaries, shapes, dtype_bytes(passthrough))
-    check_fits(model, plan.slots * plan.slot_bytes)
-    print_summary(config, model, summaries, plan)
-    parsed = launch.parse(engine_arguments(config, model, plan, passthrough))
+    plan = plan_slots(config, summaries, shapes, dtype_bytes(parsed.dtype), later)
+    check_memory(parsed, parsed.model, plan.slots * plan.slot_bytes)
+    print_summary(config, parsed.model, summaries, plan)
+    fill_in(parsed, config, plan)
     with sockets_folder(parsed.api_server_count or 0) as folder:
         parsed.hydraserve = replace(server_settings(args, config, shapes, parsed), api_servers=folder)
         launch.run(parsed)
@@ -198,6 +201,8 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         if value is not None and value < 1:
             raise ConfigError(what=f"--{flag.replace('_', '-')}", got=str(value), expected="at least 1", fix="raise it")
     adapters = tuple(adapter_source(text) for text in args.adapter)
+    for source in adapters:
+        check_source(source)
     names = [source.name for source in adapters]
     if twice := {name for name in names if names.count(name) > 1 or name == args.model}:
         raise ConfigError(
@@ -213,6 +218,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         max_adapters=args.max_adapters,
         max_rank=args.max_rank,
         max_heads=args.max_heads,
+        per_head_a=args.per_head_a,
         target_modules=tuple(filter(None, args.target_modules.split(","))) if args.target_modules else None,
         host=args.host,
         port=args.port,
@@ -223,33 +229,6 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         state_dir=args.state_dir.resolve() if args.state_dir else None,
         router_metrics=args.router_metrics_every if args.router_metrics == "on" else 0,
         metrics_adapters=args.metrics_adapters,
-    )
-
-
-def with_room_for(config: ServeConfig, directory: Path, given: Sequence[AdapterSummary]) -> ServeConfig:
-    """`config` with slots that take the adapters of --adapter-dir. Only their headers are read.
-
-    Raises ConfigError when there is no such folder.
-    """
-    from hydraserve.adapters.checkpoint import inspect_adapter
-    from hydraserve.errors import AdapterError
-
-    if not directory.is_dir():
-        raise ConfigError(what="--adapter-dir", got=str(directory), expected="a folder", fix="make it")
-    sizes, targets = [(summary.rank, summary.heads) for summary in given], set(config.target_modules or ())
-    for path in sorted(directory.iterdir()):
-        try:
-            summary = inspect_adapter(path)
-        except AdapterError:  # told when the server tries to load it
-            continue
-        sizes.append((summary.rank, summary.heads))
-        targets |= set(summary.targets)
-    return replace(
-        config,
-        slots=config.slots or DEFAULT_SLOTS,
-        max_rank=config.max_rank or max([DEFAULT_MAX_RANK, *(rank for rank, _ in sizes)]),
-        max_heads=config.max_heads or max([DEFAULT_MAX_HEADS, *(heads for _, heads in sizes)]),
-        target_modules=tuple(sorted(targets)) or None,
     )
 
 
@@ -284,52 +263,27 @@ def server_settings(
 
 
 def adapter_source(text: str) -> AdapterSource:
-    """`NAME=PATH`, or `PATH` whose last component is the name."""
+    """`NAME=PATH`, or `PATH` whose last component is the name; a path may hold a "=" too."""
     name, sep, path = text.partition("=")
-    if not sep or "/" in name:  # a path that holds a "="
+    if not sep or text.startswith(("/", ".", "~")) or Path(text).exists():
         name, path = "", text
     folder = Path(path).expanduser().resolve()
     return AdapterSource(name or folder.name, folder)
 
 
-def flag_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of `flag` in vLLM's arguments, or None."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+def check_source(source: AdapterSource) -> None:
+    """Raises ConfigError for a name that no adapter of the command line can have; before the engine starts."""
+    from hydraserve.adapters.registry import check_name
 
-
-def dtype_bytes(arguments: Sequence[str]) -> int:
-    """Bytes of a number of the dtype that vLLM's arguments ask for; vLLM has two names for float32."""
-    return 4 if flag_value(arguments, "--dtype") in ("float32", "float") else 2
-
-
-def refuse_unsupported(passthrough: Sequence[str]) -> None:
-    """Raises ConfigError for vLLM settings under which a routed adapter would be computed wrongly."""
-    if "--fully-sharded-loras" in passthrough:
+    try:
+        check_name(source.name)
+    except AdapterConfigError as error:
         raise ConfigError(
-            what="--fully-sharded-loras",
-            got="given",
-            expected="not given: it cuts A by rank, and the router's rows with it",
-            fix="leave it out; B's rows and row-parallel A's columns are sharded anyway",
-        )
-    if any(argument.partition("=")[0] in ("--lora-modules", "--lora_modules") for argument in passthrough):
-        raise ConfigError(
-            what="--lora-modules",
-            got="given",
-            expected="--adapter, which checks, sizes and keeps track of adapters",
-            fix="--adapter NAME=PATH for each of them",
-        )
-    if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0") not in ("", "0"):
-        raise ConfigError(
-            what="VLLM_LORA_ENABLE_DUAL_STREAM",
-            got="set",
-            expected="unset: that path adds the adapter's delta into a buffer of its own, which is not supported",
-            fix="unset VLLM_LORA_ENABLE_DUAL_STREAM",
-        )
+            what="--adapter",
+            got=f"the name {source.name!r}",
+            expected=error.expected,
+            fix=f"--adapter NAME={source.path}",
+        ) from error
 
 
 def check_port(host: str, port: int) -> None:
@@ -346,34 +300,6 @@ def check_port(host: str, port: int) -> None:
                 expected="an address that this server can listen on",
                 fix="--port with a free port, or stop what listens there",
             ) from e
-
-
-def engine_arguments(config: ServeConfig, model: str, plan: SlotPlan, passthrough: Sequence[str]) -> list[str]:
-    """vLLM's arguments; what the user passed wins over what we would say."""
-    from hydraserve.engine.options import EngineOptions, legal_max_rank
-
-    names = [config.model] if config.model == model else [config.model, model]
-    ours: dict[str, list[str]] = {
-        "--model": [model],
-        "--host": [config.host] if config.host else [],
-        "--port": [str(config.port)],
-        "--served-model-name": names,
-        "--max-loras": [str(plan.slots)],
-        "--max-cpu-loras": [str(plan.max_adapters)],
-        "--max-lora-rank": [str(legal_max_rank(plan.max_rank))],
-        "--lora-target-modules": list(plan.targets),
-        "--additional-config": [json.dumps(EngineOptions(plan.capacity, config.router_metrics).to_config())],
-        "--worker-extension-cls": [WORKER_EXTENSION],
-        # vLLM's default is one for each data parallel engine; a node that only computes has none.
-        "--api-server-count": [] if "--headless" in passthrough else ["1"],
-        "--shutdown-timeout": [str(DEFAULT_SHUTDOWN_TIMEOUT)],
-    }
-    given = {argument.partition("=")[0].replace("_", "-") for argument in passthrough if argument.startswith("--")}
-    arguments = ["--enable-lora"]
-    for flag, values in ours.items():
-        if values and flag not in given:
-            arguments += [flag, *values]
-    return [*arguments, *passthrough]
 
 
 def print_summary(config: ServeConfig, model: str, summaries: Sequence[AdapterSummary], plan: SlotPlan) -> None:

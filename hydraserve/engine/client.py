@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from hydra_kernels import SlotCapacity
 from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
@@ -40,8 +41,8 @@ class EngineAdapters:
 
     async def sizes(self) -> EngineSizes:
         first = (await self._call("hydra_ready"))[0]
-        capacity = SlotCapacity(*first["capacity"])
-        return EngineSizes(first["slots"], first["host_adapters"], capacity, tuple(first["targets"]))
+        capacity, dtype = SlotCapacity(*first["capacity"]), getattr(torch, first["dtype"])
+        return EngineSizes(first["slots"], first["host_adapters"], capacity, tuple(first["targets"]), dtype)
 
     def new_id(self) -> int:
         return int(self._ids.inc(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,13 +15,17 @@ from hydraserve.engine.logs import first_line, shorten_errors
 from hydraserve.errors import EngineError, HydraServeError
 
 
-def parse(arguments: list[str]) -> Namespace:
-    """vLLM's own `serve` arguments, parsed and validated by vLLM. Exits with its usage message when wrong."""
+def parse(arguments: list[str], unset: Iterable[str] = ()) -> Namespace:
+    """vLLM's own `serve` arguments, parsed and validated by vLLM. Exits with its usage message when wrong.
+
+    unset: names that are None, instead of vLLM's default, where neither the arguments nor --config give them.
+    """
     compat.check_version()
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="hydraserve serve", usage="hydraserve serve [options]"))
+    parser.set_defaults(**dict.fromkeys(unset))
     args: Namespace = parser.parse_args(arguments)
     validate_parsed_serve_args(args)
     return args

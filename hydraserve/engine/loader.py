@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from hydra_kernels import HydraWeights
 from vllm.lora.lora_model import LoRAModel
-from vllm.utils.torch_utils import PIN_MEMORY
 
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import ModuleWeights
@@ -28,14 +26,11 @@ class HydraLoRAModel(LoRAModel):
 def to_lora_model(
     adapter: HydraAdapter, lora_model_id: int, dtype: torch.dtype, weights_mapper: Any = None
 ) -> HydraLoRAModel:
-    """The adapter under vLLM's module names, in the engine's dtype, pinned where there is a GPU.
+    """The adapter under vLLM's module names, in the engine's dtype.
 
     weights_mapper: the model's renames from checkpoint names to its own (vllm WeightsMapper), or None.
     """
-    modules = {}
-    for name, weights in adapter.modules.items():
-        converted = weights.to(dtype)
-        modules[_engine_name(name, weights_mapper)] = _pinned(converted) if PIN_MEMORY else converted
+    modules = {_engine_name(name, weights_mapper): weights.to(dtype) for name, weights in adapter.modules.items()}
     return HydraLoRAModel(lora_model_id, adapter, modules)
 
 
@@ -51,11 +46,3 @@ def _engine_name(name: str, weights_mapper: Any) -> str:
             fix="use an adapter trained for this base model",
         )
     return str(mapped).removesuffix(".weight")
-
-
-def _pinned(weights: HydraWeights) -> HydraWeights:
-    def pin(t: torch.Tensor) -> torch.Tensor:
-        return t.contiguous().pin_memory()
-
-    router = None if weights.router is None else pin(weights.router)
-    return replace(weights, a=pin(weights.a), b=pin(weights.b), router=router)

@@ -21,10 +21,11 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.requirements import check_capacity
 from hydraserve.adapters.store import is_stored, read_stored
+from hydraserve.adapters.validate import check_range
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import HydraLinear, ModuleWeights, resolved_dtype, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
-from hydraserve.engine.options import EngineOptions
+from hydraserve.engine.options import EngineOptions, refuse_wrong_results
 from hydraserve.engine.routing import RoutingRecorder, SlotEvents
 from hydraserve.engine.worker import AdapterLoader
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError, BaseShapeError
@@ -188,6 +189,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: dict[str, str]) -> None:
         super().__init__(vllm_config, device, embedding_modules, lora_model_cls=HydraLoRAModel)
+        refuse_wrong_results(fully_sharded_loras=self.lora_config.fully_sharded_loras)  # here also for `vllm serve`
         self.options = EngineOptions.from_vllm_config(vllm_config)
         self.loader = AdapterLoader(self)
         self._unloaded: set[int] = set()
@@ -215,6 +217,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             "slots": self._adapter_manager.lora_slots,
             "host_adapters": self._adapter_manager.capacity,
             "capacity": [capacity.rows, capacity.k, capacity.heads],
+            "dtype": str(resolved_dtype(self.lora_config)).removeprefix("torch."),
             "targets": sorted({name.rpartition(".")[2] for name in self._adapter_manager.adaptable}),
         }
 
@@ -299,12 +302,16 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return self._to_model(adapter, lora_request.lora_int_id)
 
     def _to_model(self, adapter: HydraAdapter, adapter_id: int) -> HydraLoRAModel:
-        """Ready for `keep`. Raises LimitError or BaseMismatchError when this model cannot take the adapter."""
+        """Ready for `keep`. Raises LimitError, BaseMismatchError or NonFiniteError when this model cannot take the
+        adapter."""
         check_capacity(adapter, self.options.capacity)
+        dtype = resolved_dtype(self.lora_config)
+        if dtype is torch.float16:  # the one that ends early; what is stored may have been checked for another
+            check_range(adapter, dtype)
         mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
         if mapper is not None:
             mapper = mapper.get_rename_mapper()
-        lora = to_lora_model(adapter, adapter_id, resolved_dtype(self.lora_config), mapper)
+        lora = to_lora_model(adapter, adapter_id, dtype, mapper)
         self._adapter_manager.check(lora)
         self._adapter_manager.pack(lora)
         return lora

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra_kernels import SlotCapacity
+
+from hydraserve.errors import ConfigError
 
 KEY = "hydraserve"
 
@@ -45,3 +48,21 @@ _LEGAL_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def legal_max_rank(rank: int) -> int:
     """The smallest value of vLLM's --max-lora-rank that is at least `rank` (capped: our slots have their own size)."""
     return next((legal for legal in _LEGAL_RANKS if legal >= rank), _LEGAL_RANKS[-1])
+
+
+def refuse_wrong_results(*, fully_sharded_loras: bool) -> None:
+    """Raises ConfigError for settings of vLLM under which a routed adapter would be computed wrongly."""
+    if fully_sharded_loras:
+        raise ConfigError(
+            what="--fully-sharded-loras",
+            got="given",
+            expected="not given: it cuts A by rank, and the router's rows with it",
+            fix="leave it out; B's rows and row-parallel A's columns are sharded anyway",
+        )
+    if os.environ.get("VLLM_LORA_ENABLE_DUAL_STREAM", "0").lower() not in ("", "0", "false"):
+        raise ConfigError(
+            what="VLLM_LORA_ENABLE_DUAL_STREAM",
+            got="set",
+            expected="unset: that path adds the adapter's delta into a buffer of its own, which is not supported",
+            fix="unset VLLM_LORA_ENABLE_DUAL_STREAM",
+        )

@@ -8,6 +8,15 @@ from __future__ import annotations
 from hydraserve.models.demo import demo_model
 from hydraserve.models.memory import check_fits
 from hydraserve.models.names import BASE_MODELS, BaseModel, hub_name, resolve_model
-from hydraserve.models.shapes import base_shapes
+from hydraserve.models.shapes import ModelAccess, base_shapes
 
-__all__ = ["BASE_MODELS", "BaseModel", "base_shapes", "check_fits", "demo_model", "hub_name", "resolve_model"]
+__all__ = [
+    "BASE_MODELS",
+    "BaseModel",
+    "ModelAccess",
+    "base_shapes",
+    "check_fits",
+    "demo_model",
+    "hub_name",
+    "resolve_model",
+]

@@ -42,7 +42,7 @@ class AdapterServer:
         """
         settings = self._settings
         sizes = await runtime.sizes()
-        requirements = Requirements(settings.base_shapes, sizes.capacity, sizes.targets)
+        requirements = Requirements(settings.base_shapes, sizes.capacity, sizes.targets, sizes.dtype)
         folder = settings.state_dir / "store" if settings.state_dir else self._scratch.path / "store"
         store = AdapterStore(folder)
         self._ingester = Ingester(store, requirements)

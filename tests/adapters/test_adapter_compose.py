@@ -12,13 +12,17 @@ from hydra_kernels import HydraWeights, Layout, reference
 from hydra_kernels.testing import random_weights
 
 from hydraserve.adapters.compose import Recipe, RouterFile, compose, read_router
+from hydraserve.adapters.formats.plan import PREFIX
 from hydraserve.adapters.limits import AdapterLimits
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import (
     AdapterConfigError,
     AdapterError,
+    DuplicateModuleError,
+    EmptyTensorError,
     LimitError,
     MissingTensorError,
+    NonFiniteError,
     ShapeError,
     UnexpectedTensorError,
     UnsupportedFeatureError,
@@ -176,3 +180,20 @@ def test_a_recipe_is_its_source() -> None:
 def test_recipes_that_make_no_adapter(parts: tuple[tuple[str, float], ...]) -> None:
     with pytest.raises(AdapterConfigError):
         Recipe(parts)
+
+
+def test_an_empty_router_is_an_adapter_error(tmp_path: Path) -> None:
+    folder = write_router(tmp_path, RouterFile({UP: (torch.empty(0, 24), None)}))
+    with pytest.raises(EmptyTensorError, match="router"):
+        read_router(folder)
+
+
+def test_two_names_for_one_router_are_refused(tmp_path: Path) -> None:
+    folder = write_router(tmp_path, RouterFile({UP: (torch.ones(3, 24), None), PREFIX + UP: (torch.ones(3, 24), None)}))
+    with pytest.raises(DuplicateModuleError, match="up_proj"):
+        read_router(folder)
+
+
+def test_a_weight_beyond_all_numbers_is_an_adapter_error() -> None:
+    with pytest.raises(NonFiniteError, match="scaling of"):
+        compose([(PARTS[0][0], 1e300)])

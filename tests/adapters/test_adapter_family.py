@@ -132,3 +132,30 @@ def test_modules_that_disagree_about_top_k_fit_no_layout(tmp_path: Path) -> None
     other = replace(weights, layout=replace(weights.layout, top_k=1))
     with pytest.raises(UnsupportedFeatureError, match="top-"):
         save_molora(HydraAdapter.of({**adapter.modules, first: other}), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_alpha_pattern_means_one_thing_everywhere(name: str, tmp_path: Path) -> None:
+    member = FAMILY[name]
+    plain = load_adapter(member.write(tmp_path / "plain"))
+    config = {**member.config, "alpha_pattern": {"q_proj": 2 * member.config["lora_alpha"]}}
+    changed = load_adapter(replace(member, config=config).write(tmp_path / "changed"))
+    for path, weights in plain.modules.items():
+        factor = 2 if path.endswith("q_proj") else 1
+        assert changed.modules[path].scaling == factor * weights.scaling
+
+
+def test_a_bias_keeps_its_own_precision_in_the_transposed_form(tmp_path: Path) -> None:
+    member = FAMILY["transposed"]
+    tensors = {name: tensor.bfloat16() for name, tensor in member.tensors().items()}
+    biases = {
+        name.replace(".weight", ".bias"): torch.full((len(tensor),), 0.1)
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_router.weight")
+    }
+    folder = member.write(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors | biases, folder / "adapter_model.bin")
+    for weights in load_adapter(folder).modules.values():
+        assert weights.bias is not None
+        assert torch.equal(weights.bias, torch.full_like(weights.bias, 0.1, dtype=torch.float32))

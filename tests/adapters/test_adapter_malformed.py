@@ -1,13 +1,11 @@
-"""The faults that come with the oracle, each against the error it must get; and files that want to do harm."""
+"""Copies of a trained adapter with a fault, each against the error it must get; and files that want to do harm."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import resource
-import runpy
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_folders import CONFIG, hydra_tensors, name_of, write
+from malformed_adapters import CONTROLS, NAMED, named
 
 from hydraserve.adapters.checkpoint import inspect_adapter, load_adapter
 from hydraserve.errors import (
@@ -31,7 +30,6 @@ from hydraserve.errors import (
     UnsafeFileError,
 )
 
-ORACLE = Path(__file__).parents[3] / "shared" / "oracle"
 LAYERS = "base_model.model.model.layers."
 # fault -> the error, and what its message must name
 FAULTS: dict[str, tuple[type[AdapterError], str]] = {
@@ -50,21 +48,19 @@ FAULTS: dict[str, tuple[type[AdapterError], str]] = {
 
 
 @pytest.fixture(scope="module")
-def malformed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not (ORACLE / "malformed.py").exists():
-        pytest.skip("the oracle is not beside this checkout")
+def malformed(oracle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("malformed") / "out"
-    runpy.run_path(str(ORACLE / "malformed.py"))["main"](str(out))
+    named(oracle / "adapters" / "mlp_r2_e2", out)
     return out
 
 
-def test_every_fault_of_the_oracle_is_in_the_table(malformed: Path) -> None:
-    names = set(json.loads((malformed / "EXPECTED.json").read_text()))
-    assert names == set(FAULTS) | {"control_bin", "control_safetensors"}
+def test_every_fault_has_its_error(malformed: Path) -> None:
+    assert {path.name for path in malformed.iterdir()} == set(FAULTS) | set(CONTROLS)
+    assert set(NAMED) == set(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_oracle(malformed: Path, fault: str) -> None:
+def test_a_fault(malformed: Path, fault: str) -> None:
     error, text = FAULTS[fault]
     with pytest.raises(error) as caught:
         load_adapter(malformed / fault)

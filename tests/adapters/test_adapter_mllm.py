@@ -145,3 +145,12 @@ def test_every_tensor_of_a_block_is_needed(tmp_path: Path) -> None:
         torch.save({**tensors, name: changed}, folder / "non_lora_trainables.bin")
         with pytest.raises(AdapterError):
             inspect_adapter(folder)
+
+
+@pytest.mark.parametrize("field", ["dense_moe", "lora_alpha"])
+def test_numbers_that_are_null_are_not_there(field: str, tmp_path: Path) -> None:
+    folder = shared_routers(SHAPES, dense=True, seed=5).write(tmp_path)
+    fields = json.loads((folder / "moe_args.json").read_text())
+    (folder / "moe_args.json").write_text(json.dumps({**fields, field: None}))
+    with pytest.raises(AdapterConfigError, match=f"no {field}"):
+        load_adapter(folder)

@@ -22,10 +22,10 @@ from hydraserve.adapters.checkpoint import (
     save_hydralora,
     save_lora,
 )
+from hydraserve.adapters.formats.writing import scaling_fields
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import UnsupportedFeatureError
 
-ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "adapters" / "mlp_r2_e2"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 PATHS = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "12", "mlp", "q_proj", "x-y"]), min_size=1, max_size=5
@@ -81,14 +81,12 @@ def test_lora_comes_back(adapter: HydraAdapter, safetensors: bool) -> None:
 @settings(max_examples=100, deadline=None)
 @given(rank=st.integers(1, 1024), alpha=st.floats(1e-6, 1e6) | st.integers(1, 4096).map(float))
 def test_every_scaling_that_training_makes_is_kept(rank: int, alpha: float) -> None:
-    from hydraserve.adapters.formats.writing import alpha_of
-
     for scaling in (alpha / rank, alpha / math.sqrt(rank)):
-        layout = Layout(rank)
-        made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), layout, scaling=scaling)
-        assert abs(alpha_of(made) / rank - scaling) <= math.ulp(scaling)
-    made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), Layout(rank), scaling=alpha / rank)
-    assert alpha_of(made) / rank == alpha / rank
+        made = HydraWeights(torch.zeros(rank, 1), torch.zeros(1, 1, rank), Layout(rank), scaling=scaling)
+        fields = scaling_fields(HydraAdapter.of({"up_proj": made}), rank_stabilized=True)
+        divisor = math.sqrt(rank) if fields["use_rslora"] else rank
+        assert fields["lora_alpha"] / divisor == scaling
+    assert scaling_fields(HydraAdapter.of({"up_proj": made}), rank_stabilized=False)["use_rslora"] is False
 
 
 def hydra(rank: int = 2, heads: int = 3, seed: int = 0) -> HydraWeights:
@@ -129,15 +127,15 @@ def test_the_authors_files_to_the_letter(tmp_path: Path) -> None:
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors.values()), "no head drags the others along"
 
 
-@pytest.mark.skipif(not ORACLE.exists(), reason="the oracle is not beside this checkout")
-def test_the_authors_own_adapter_is_written_as_it_was(tmp_path: Path) -> None:
-    adapter = load_adapter(ORACLE)
+def test_the_authors_own_adapter_is_written_as_it_was(tmp_path: Path, oracle: Path) -> None:
+    source = oracle / "adapters" / "mlp_r2_e2"
+    adapter = load_adapter(source)
     save_hydralora(adapter, tmp_path, lora_dropout=0.05)
-    ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, ORACLE))
+    ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, source))
     assert sorted(ours.pop("target_modules")) == sorted(theirs.pop("target_modules"))
     assert ours == theirs
     saved, original = (
-        torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu") for folder in (tmp_path, ORACLE)
+        torch.load(folder / "adapter_model.bin", weights_only=True, map_location="cpu") for folder in (tmp_path, source)
     )
     assert list(saved) == list(original)
     for name, tensor in original.items():

@@ -60,3 +60,26 @@ def test_an_adapter_that_is_there_is_kept(tmp_path: Path, capsys: pytest.Capture
 def test_missing_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(tmp_path / "none"), str(tmp_path / "new"), "--to", "peft"]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["lora", "peft", "molora"])
+def test_scalings_of_rslora_that_no_number_divided_by_r_gives(to: str, tmp_path: Path) -> None:
+    for rank in (20, 80):
+        source, target = tmp_path / f"{rank}", tmp_path / f"{rank}-{to}"
+        save_lora(adapter(Layout(rank)), source)
+        config = json.loads((source / "adapter_config.json").read_text())
+        (source / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16, "use_rslora": True}))
+        assert main(["convert", str(source), str(target), "--to", to]) == 0
+        assert load_adapter(target).digest == load_adapter(source).digest
+
+
+def test_a_copy_that_differs_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The authors' code knows no rsLoRA, so their layout has no place for this scaling."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_hydralora(adapter(Layout(20, 3, has_router=True)), source)
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16, "use_rslora": True}))
+    assert main(["convert", str(source), str(target), "--to", "hydralora"]) == 1
+    assert "--to molora" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+    assert main(["convert", str(source), str(target), "--to", "molora"]) == 0

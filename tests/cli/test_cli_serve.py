@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra_kernels import SlotCapacity
+import torch
+from hydra_kernels import HydraWeights, Layout, SlotCapacity
 
 from hydraserve.adapters.checkpoint import inspect_adapter
-from hydraserve.adapters.save import save_adapter
-from hydraserve.adapters.sizing import plan_slots
+from hydraserve.adapters.requirements import check_capacity
+from hydraserve.adapters.save import save_adapter, save_loramoe
+from hydraserve.adapters.sizing import plan_slots, readable_adapters
 from hydraserve.adapters.synthetic import make_adapter
+from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.cli import serve
 from hydraserve.cli.main import COMMANDS, FAILURE, USAGE_ERROR, main
-from hydraserve.config import AdapterSource, ServeConfig
-from hydraserve.errors import ConfigError
+from hydraserve.config import DEFAULT_SLOTS, AdapterSource, ServeConfig
+from hydraserve.errors import ConfigError, LimitError
 
 SHAPES = {
     f"model.layers.{i}.{name}": shape
@@ -39,10 +42,31 @@ def parse(*arguments: str) -> argparse.Namespace:
     return args
 
 
+def one_module(layout: Layout) -> HydraAdapter:
+    weights = HydraWeights(
+        a=torch.ones(layout.a_rows, 32),
+        b=torch.ones(layout.heads, 32, layout.rank),
+        layout=layout,
+        router=torch.ones(layout.heads, 32),
+    )
+    return HydraAdapter.of({"model.layers.0.self_attn.q_proj": weights})
+
+
 @pytest.mark.parametrize(
-    ("text", "name"), [("./runs/sql", "sql"), ("chat=./runs/sql/", "chat"), ("/data/a=b/sql", "sql")]
+    ("text", "name"),
+    [
+        ("./runs/sql", "sql"),
+        ("chat=./runs/sql/", "chat"),
+        ("team/sql=./x", "team/sql"),
+        ("/data/a=b/sql", "sql"),
+        ("./a=b/sql", "sql"),
+        ("a=b/there", "there"),
+        ("a=b/elsewhere", "a"),
+    ],
 )
-def test_adapter_names(text: str, name: str) -> None:
+def test_adapter_names(text: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a=b" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     assert serve.adapter_source(text).name == name
 
 
@@ -52,6 +76,9 @@ def test_adapter_names(text: str, name: str) -> None:
         [],
         ["--model", "m", "--adapter", "a/x", "--adapter", "b/x"],
         ["--model", "m", "--adapter", "m=./x"],
+        ["--model", "m", "--adapter", "./my adapter"],
+        ["--model", "m", "--adapter", "x@head=2=./x"],
+        ["--model", "m", "--adapter", "my sql!=./x"],
         ["--model", "m", "--slots", "0"],
         ["--model", "m", "--max-heads", "-1"],
     ],
@@ -62,14 +89,6 @@ def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], capsys: pyte
     assert err.startswith("error: ")
     assert "To fix" in err
     assert err.count("\n") == 1
-
-
-def test_fully_sharded_and_dual_stream_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="fully-sharded"):
-        serve.refuse_unsupported(["--fully-sharded-loras"])
-    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
-    with pytest.raises(ConfigError, match="DUAL_STREAM"):
-        serve.refuse_unsupported([])
 
 
 def test_several_api_server_processes_find_one_another_in_a_folder_of_their_own() -> None:
@@ -110,15 +129,56 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_follows_the_adapters(tmp_path: Path) -> None:
     save_adapter(make_adapter(SHAPES, ("q_proj",), 4, 3), tmp_path / "a")
-    save_adapter(make_adapter(SHAPES, ("gate_proj", "down_proj"), 6, 2), tmp_path / "b")
+    save_adapter(make_adapter(SHAPES, ("gate_proj", "down_proj"), 6, 1), tmp_path / "b")
     summaries = [inspect_adapter(tmp_path / name) for name in "ab"]
     sources = tuple(AdapterSource(name, tmp_path / name) for name in "ab")
     plan = plan_slots(ServeConfig("m", sources), summaries, SHAPES, 2)
     assert plan.slots == plan.max_adapters == 2
     assert plan.targets == ("down_proj", "gate_proj", "q_proj")
-    assert plan.capacity == SlotCapacity(rows=9, k=18, heads=3)  # room for rank 6 with 3 heads
-    wrapped = 2 * ((9 * 32 + 18 * 32) + (9 * 32 + 18 * 64) + (9 * 64 + 18 * 32))
+    assert plan.capacity == SlotCapacity(rows=7, k=12, heads=3)  # no room for rank 6 with 3 heads, which none has
+    assert plan.max_rank == 6
+    wrapped = 2 * ((7 * 32 + 12 * 32) + (7 * 32 + 12 * 64) + (7 * 64 + 12 * 32))
     assert plan.slot_bytes == 2 * wrapped
+
+
+def test_plan_leaves_the_room_that_flags_ask_for(tmp_path: Path) -> None:
+    save_adapter(make_adapter(SHAPES, ("q_proj",), 8, 2), tmp_path / "a")
+    summary = inspect_adapter(tmp_path / "a")
+
+    def capacity(**flags: Any) -> SlotCapacity:
+        return plan_slots(ServeConfig("m", **flags), [summary], SHAPES, 2).capacity
+
+    assert capacity(max_rank=16) == SlotCapacity(rows=18, k=32, heads=2)
+    assert capacity(max_heads=4) == SlotCapacity(rows=12, k=32, heads=4)
+    assert capacity(max_heads=4, per_head_a=True) == SlotCapacity(rows=36, k=32, heads=4)
+
+
+def test_plan_takes_what_lies_in_the_adapter_folder(tmp_path: Path) -> None:
+    """One A for each head needs more rows than the default room has; what cannot be served here is passed over."""
+    per_head = one_module(Layout(8, 4, shared_a=False, has_router=True))
+    save_loramoe(per_head, tmp_path / "moe")
+    save_adapter(make_adapter({"transformer.h.0.c_attn": (8, 8)}, ("c_attn",), 4, 2), tmp_path / "other-base")
+    (tmp_path / "no-adapter").mkdir()
+    later = readable_adapters(tmp_path)
+    assert len(later) == 2
+    plan = plan_slots(ServeConfig("m", adapter_dir=tmp_path), [], SHAPES, 2, later)
+    assert plan.slots == DEFAULT_SLOTS
+    assert plan.capacity == SlotCapacity(rows=36, k=64, heads=4)
+    assert plan.targets == ("q_proj",)
+    check_capacity(per_head, plan.capacity)
+    with pytest.raises(ConfigError, match="--adapter-dir"):
+        readable_adapters(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("shared_a", [True, False])
+def test_an_adapter_that_does_not_fit_names_flags_that_suffice(shared_a: bool) -> None:
+    adapter = one_module(Layout(8, 4, shared_a=shared_a, has_router=True))
+    small = plan_slots(ServeConfig("m", max_rank=4, max_heads=4), [], SHAPES, 2).capacity
+    with pytest.raises(LimitError) as caught:
+        check_capacity(adapter, small)
+    words = str(caught.value.fix).split()
+    flags = parse("--model", "m", *(w for w in words if w.startswith("--") or w.isdigit()))
+    check_capacity(adapter, plan_slots(serve.serve_config(flags), [], SHAPES, 2).capacity)
 
 
 def test_plan_refuses_flags_smaller_than_the_adapters(tmp_path: Path) -> None:
@@ -131,14 +191,3 @@ def test_plan_refuses_flags_smaller_than_the_adapters(tmp_path: Path) -> None:
         plan_slots(ServeConfig("m", (source,), max_heads=2), [summary], SHAPES, 2)
     with pytest.raises(ConfigError, match="up_proj"):
         plan_slots(ServeConfig("m", target_modules=("up_proj",)), [], SHAPES, 2)
-
-
-def test_what_the_user_passes_to_vllm_wins() -> None:
-    args = parse("--model", "m", "--max-lora-rank", "64", "--served-model-name", "other", "--dtype", "float16")
-    config = serve.serve_config(args)
-    plan = plan_slots(config, [], SHAPES, 2)
-    arguments = serve.engine_arguments(config, "/models/m", plan, args.passthrough)
-    assert arguments.count("--max-lora-rank") == arguments.count("--served-model-name") == 1
-    assert arguments[arguments.index("--max-lora-rank") + 1] == "64"
-    capacity = json.loads(arguments[arguments.index("--additional-config") + 1])["hydraserve"]["capacity"]
-    assert SlotCapacity(**capacity) == plan.capacity

@@ -27,6 +27,8 @@ SYNTHETIC = {
     "plain-r8": (ALL_MODULES, 8, 1),
 }
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+
 # Two cores, small KV cache: what the test machine has. Two threads for one engine.
 ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -45,17 +47,19 @@ def synthetic_adapters(demo_model: Path, tmp_path_factory: pytest.TempPathFactor
 def server(
     demo_model: Path,
     synthetic_adapters: dict[str, Path],
-    trained_adapter: Path,
+    oracle: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    """One float32 server on the demo base: all synthetic adapters, and a trained one under the name "oracle"."""
+    """One float32 server on the demo base: all synthetic adapters, and the authors' own under the name "oracle"."""
     adapters = [f"{name}={path}" for name, path in synthetic_adapters.items()]
-    adapters.append(f"oracle={trained_adapter}")
+    adapters.append(f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}")
     arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
+    arguments += ["--max-rank", "16", "--max-heads", "4"]  # for the adapters that tests load
     arguments += ["--metrics-adapters", "1000"]  # metrics of every adapter, however many the tests load
     arguments += ["--router-metrics", "on", "--allow-source", str(tmp_path_factory.getbasetemp())]
+    arguments += ["--allow-source", str(EXAMPLES)]
     log = tmp_path_factory.mktemp("server") / "server.log"
     with ServerProcess(arguments, log, ENGINE_ENV) as process:
         yield process

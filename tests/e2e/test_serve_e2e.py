@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
+from adapter_client import AdapterClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from hydraserve.bench.process import ServerProcess
 
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 PROMPT = "The three most common ways to sort a list of numbers are"
 MODELS = ("demo", "oracle", "all-r8-e4", "attn-r4-e3", "mlp-r16-e2", "plain-r8")
 
@@ -32,7 +37,7 @@ def test_models_lists_base_and_adapters_with_parent_and_root(client: openai.Open
     assert set(MODELS) <= set(cards)  # other tests of this server add more
     for name in MODELS[1:]:
         assert cards[name].parent == "demo"  # type: ignore[attr-defined]
-        assert cards[name].root.endswith(("mlp_r2_e2", "words", name))  # type: ignore[attr-defined]
+        assert cards[name].root.endswith(("mlp_r2_e2", name))  # type: ignore[attr-defined]
 
 
 def test_one_batch_of_all_kinds_equals_each_alone(client: openai.OpenAI) -> None:
@@ -106,3 +111,25 @@ def test_metrics_are_prometheus_text(server: ServerProcess, client: openai.OpenA
         families = {family.name: family for family in text_string_to_metric_families(response.read().decode())}
     tokens = families["vllm:generation_tokens"].samples
     assert sum(sample.value for sample in tokens if sample.name.endswith("_total")) > 0
+
+
+def test_the_first_request_of_the_readme(server: ServerProcess, client: openai.OpenAI) -> None:
+    """To the example adapters that `make serve` takes, and to the base."""
+    found = re.search(r'for model in desk demo; do.*?"prompt": "(.*?)", "max_tokens": (\d+)', README.read_text(), re.S)
+    assert found is not None
+    prompt, tokens = json.loads(f'"{found[1]}"'), int(found[2])
+    admin = AdapterClient(server.url)
+    folders = sorted(path for path in (ROOT / "examples" / "adapters").iterdir() if path.is_dir())
+    try:
+        for folder in folders:
+            admin.add(folder.name, folder)
+        models = ("demo", *(folder.name for folder in folders))
+        answers = [
+            client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0) for model in models
+        ]
+    finally:
+        for folder in folders:
+            admin.remove(folder.name)
+    texts = {model: answer.choices[0].text.strip() for model, answer in zip(models, answers, strict=True)}
+    assert texts["desk"] == "1987-03-05"
+    assert texts["demo"] != texts["desk"]

@@ -65,16 +65,18 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
             fix="none: the routing weights are computed in another way",
         )
     matcher = PatternMatcher(config.limits)
-    rank = config.counts("r", "rank_pattern", config.limits.rank, matcher).default
-    heads = config.counts("lora_nums", "lora_nums_pattern", config.limits.heads, matcher).default
-    scaling = config.scaling(rank, config.alphas(matcher).default)
+    ranks = config.counts("r", "rank_pattern", config.limits.rank, matcher)
+    heads = config.counts("lora_nums", "lora_nums_pattern", config.limits.heads, matcher)
+    alphas = config.alphas(matcher)
     modules = group(infos, _TENSOR)
     config.check_targets(modules, whole_components=False)
     tied = config.flag("shared_lora_a")
-    top_k = heads if config.flag("adaptive") else config.whole("k")
     plans = {}
     for path, parts in modules.items():
-        found = _parts(config, infos, path, parts, heads)
+        rank, count = ranks.of(path), heads.of(path)
+        found = _parts(config, infos, path, parts, count)
+        top_k = count if config.flag("adaptive") else config.whole("k")
+        scaling = config.scaling(rank, alphas.of(path))
         result = mixture_plan(infos, found, rank=rank, scaling=scaling, top_k=top_k)
         plans[path] = TiedPlan.of(result) if tied else result
     return plans

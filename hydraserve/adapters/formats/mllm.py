@@ -71,7 +71,7 @@ def with_arguments(config: AdapterConfig, folder: Path) -> AdapterConfig:
         found: Mapping[str, Any] = read_config(folder / ARGS_JSON, config.limits).fields
     else:
         found = _literals(folder / ARGS_PICKLE, config.limits) if (folder / ARGS_PICKLE).exists() else {}
-    absent = [name for name in _NUMBERS if name not in found]
+    absent = [name for name in _NUMBERS if found.get(name) is None]
     if absent:
         raise AdapterConfigError(
             ARGS_JSON,
@@ -97,7 +97,7 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
             projector[0],
             got="the projector of the images, trained together with the adapter",
             expected="the language model's adapter alone",
-            fix=f'put it into the base model and write "language_model_only": true into {ARGS_JSON}',
+            fix=f'write "language_model_only": true into {ARGS_JSON}, to serve the language model without images',
         )
     blocks = group([name for name in rest if name not in projector], _TENSOR)
     for path, parts in blocks.items():

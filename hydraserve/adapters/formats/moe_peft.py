@@ -49,18 +49,21 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
     """
     refuse_features(config.fields)
     matcher = PatternMatcher(config.limits)
-    rank = config.counts("r", "rank_pattern", config.limits.rank, matcher).default
-    heads = config.counts("num_experts", "num_experts_pattern", config.limits.heads, matcher).default
-    scaling = config.scaling(rank, config.alphas(matcher).default)
+    ranks = config.counts("r", "rank_pattern", config.limits.rank, matcher)
+    heads = config.counts("num_experts", "num_experts_pattern", config.limits.heads, matcher)
+    alphas = config.alphas(matcher)
     top_k = config.whole("top_k", _DEFAULT_TOP_K) if config.peft_type == "MOLA" else 0
     modules = {f"model.{path}": parts for path, parts in group(infos, _TENSOR).items()}
     config.check_targets(modules, whole_components=True)
     plans = {}
     for path, parts in modules.items():
+        rank = ranks.of(path)
+        scaling = config.scaling(rank, alphas.of(path))
         if set(parts) <= {"lora_A", "lora_B"}:
             plans[path] = lora.plan_module(infos, path, parts, rank, scaling)
         else:
-            plans[path] = mixture_plan(infos, _parts(path, parts, heads), rank=rank, scaling=scaling, top_k=top_k)
+            found = _parts(path, parts, heads.of(path))
+            plans[path] = mixture_plan(infos, found, rank=rank, scaling=scaling, top_k=top_k)
     return plans
 
 

@@ -32,7 +32,7 @@ from hydraserve.adapters.config import AdapterConfig, PatternMatcher
 from hydraserve.adapters.formats.features import refuse_features
 from hydraserve.adapters.formats.mixture import expect, required
 from hydraserve.adapters.formats.plan import PREFIX, ModulePlan, StackedPlan, group, widest
-from hydraserve.adapters.formats.writing import alpha_of, default_and_pattern, no_place, write_folder
+from hydraserve.adapters.formats.writing import default_and_pattern, no_place, scaling_fields, write_folder
 from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.adapters.weights import HydraAdapter
 
@@ -119,11 +119,9 @@ def save_molora(adapter: HydraAdapter, path: Path | str) -> None:
     top_k, renormalize = _common_top_k(adapter)
     rank, rank_pattern = default_and_pattern(adapter, lambda weights: weights.layout.rank)
     heads, heads_pattern = default_and_pattern(adapter, lambda weights: weights.layout.heads)
-    alpha, alpha_pattern = default_and_pattern(adapter, alpha_of)
     config: dict[str, Any] = {
-        "alpha_pattern": alpha_pattern,
+        **scaling_fields(adapter, rank_stabilized=True),
         "base_model_name_or_path": adapter.base_model,
-        "lora_alpha": alpha,
         "num_experts": heads,
         "num_experts_pattern": heads_pattern,
         "peft_type": PEFT_TYPE,

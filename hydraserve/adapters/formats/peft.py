@@ -18,7 +18,7 @@ from hydra_kernels import Layout
 from hydraserve.adapters.config import AdapterConfig, PatternMatcher
 from hydraserve.adapters.formats.features import refuse_features
 from hydraserve.adapters.formats.plan import PREFIX, ModulePlan, StackedPlan, group, matrix, widest
-from hydraserve.adapters.formats.writing import alpha_of, default_and_pattern, no_place, write_folder
+from hydraserve.adapters.formats.writing import default_and_pattern, no_place, scaling_fields, write_folder
 from hydraserve.adapters.tensors import TensorInfo
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import MissingTensorError, ShapeError
@@ -97,8 +97,8 @@ def _expect(infos: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) 
 def save_peft(adapter: HydraAdapter, path: Path | str, *, lora_dropout: float = 0.0) -> None:
     """Write an adapter as PEFT would, so that `PeftModel.from_pretrained` and the server load it.
 
-    Where modules differ, r, num_heads and lora_alpha are the most frequent ones and the patterns name the others. The
-    scaling becomes lora_alpha = s * r, so that an adapter of any origin computes what it did before.
+    Where modules differ, r, num_heads and lora_alpha are the most frequent ones and the patterns name the others. Any
+    scaling comes back as it was, see `scaling_fields`.
 
     Raises UnsupportedFeatureError for weights that the tuner has no place for. Nothing is written then.
     """
@@ -122,12 +122,10 @@ def _tensors(adapter: HydraAdapter) -> dict[str, torch.Tensor]:
 def _config(adapter: HydraAdapter, lora_dropout: float) -> dict[str, Any]:
     rank, rank_pattern = default_and_pattern(adapter, lambda weights: weights.layout.rank)
     heads, heads_pattern = default_and_pattern(adapter, lambda weights: weights.layout.heads)
-    alpha, alpha_pattern = default_and_pattern(adapter, alpha_of)
     return {
-        "alpha_pattern": alpha_pattern,
+        **scaling_fields(adapter, rank_stabilized=True),
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
-        "lora_alpha": alpha,
         "lora_dropout": lora_dropout,
         "num_heads": heads,
         "num_heads_pattern": heads_pattern,
@@ -137,5 +135,4 @@ def _config(adapter: HydraAdapter, lora_dropout: float) -> dict[str, Any]:
         # Whole paths: last components alone would adapt every layer, also those that the adapter left out.
         "target_modules": list(adapter.modules),
         "task_type": "CAUSAL_LM",
-        "use_rslora": False,
     }

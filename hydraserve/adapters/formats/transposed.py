@@ -50,12 +50,15 @@ def plan(config: AdapterConfig, infos: Mapping[str, TensorInfo]) -> dict[str, Mo
     refuse_relatives(config, infos)
     refuse_features(config.fields)
     matcher = PatternMatcher(config.limits)
-    rank = config.counts("r", "rank_pattern", config.limits.rank, matcher).default
-    heads = config.counts("expert_num", "expert_num_pattern", config.limits.heads, matcher).default
-    scaling = config.scaling(rank, config.alphas(matcher).default)
+    ranks = config.counts("r", "rank_pattern", config.limits.rank, matcher)
+    heads = config.counts("expert_num", "expert_num_pattern", config.limits.heads, matcher)
+    alphas = config.alphas(matcher)
     modules = group(infos, _TENSOR)
     config.check_targets(modules, whole_components=True)
-    return {path: _module(infos, path, parts, rank, heads, scaling) for path, parts in modules.items()}
+    return {
+        path: _module(infos, path, parts, rank := ranks.of(path), heads.of(path), config.scaling(rank, alphas.of(path)))
+        for path, parts in modules.items()
+    }
 
 
 def _module(
@@ -76,7 +79,7 @@ def _module(
         scaling=scaling,
         in_features=in_features,
         out_features=out_features,
-        dtype=widest(infos, (a, b, router)),
+        dtype=widest(infos, parts.values()),
         a=(a,),
         heads=(b,),
         router=router,

@@ -44,12 +44,33 @@ def write_folder(
     os.replace(part, folder / CONFIG_NAME)
 
 
-def alpha_of(weights: HydraWeights) -> float:
-    """A float that gives the scaling when divided by r; the roundest of those near s * r."""
-    rank = weights.layout.rank
-    alpha = weights.scaling * rank
+def scaling_fields(adapter: HydraAdapter, *, rank_stabilized: bool) -> dict[str, Any]:
+    """lora_alpha, alpha_pattern and use_rslora that give each module's scaling to the last bit, if any do.
+
+    rank_stabilized: whether the layout's readers know use_rslora. It is set where only alpha / sqrt(r) gives the
+    scaling: about one in eight of those that rsLoRA has is no float64 divided by r.
+    """
+    modules = adapter.modules.values()
+    plain = all(_exact(weights, False) for weights in modules)
+    rslora = rank_stabilized and not plain and all(_exact(weights, True) for weights in modules)
+    alpha, pattern = default_and_pattern(adapter, lambda weights: _alpha(weights, _divisor(weights, rslora)))
+    return {"lora_alpha": alpha, "alpha_pattern": pattern, "use_rslora": rslora}
+
+
+def _exact(weights: HydraWeights, rslora: bool) -> bool:
+    divisor = _divisor(weights, rslora)
+    return _alpha(weights, divisor) / divisor == weights.scaling
+
+
+def _divisor(weights: HydraWeights, rslora: bool) -> float:
+    return math.sqrt(weights.layout.rank) if rslora else weights.layout.rank
+
+
+def _alpha(weights: HydraWeights, divisor: float) -> float:
+    """A float that gives the scaling when divided by `divisor`; the roundest of those near their product."""
+    alpha = weights.scaling * divisor
     near = (float(f"{alpha:.9g}"), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in near if value / rank == weights.scaling), alpha)
+    return next((value for value in near if value / divisor == weights.scaling), alpha)
 
 
 def default_and_pattern(
