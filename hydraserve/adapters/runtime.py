@@ -18,12 +18,14 @@ class EngineSizes:
     host_adapters: adapters kept in host memory, at least the slots.
     capacity:      the largest adapter that a slot takes.
     targets:       last components of the paths of the wrapped modules.
+    trace_bytes:   memory that tracing a request's routing takes for each token, in the worker that records most.
     """
 
     slots: int
     host_adapters: int
     capacity: SlotCapacity
     targets: tuple[str, ...]
+    trace_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Residency:
     """What the engine holds at one moment.
 
     host:          adapter id -> bytes in host memory, of the worker that holds most.
-    slots:         adapter id in each slot, or None.
+    slots:         adapter id in each slot, or None; of all data-parallel engines, one after the other.
     blocks:        KV blocks in all, free, and with a prefix that a request could hit.
     process_bytes: resident memory of the engine's largest process.
     """

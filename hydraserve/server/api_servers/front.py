@@ -44,7 +44,8 @@ class Front:
             return
         use = next(self._uses)
         try:
-            found = await self.link.call("look_up", use, model)
+            with scope.waiting():
+                found = await self.link.call("look_up", use, model)
         except BaseException:
             self.link.tell("end", use, False)
             raise

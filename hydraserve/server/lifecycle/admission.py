@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from hydraserve.server.lifecycle.served import current_scope, may_see
@@ -22,7 +22,9 @@ class Admission:
     async def ready(self, model: str) -> None:
         """Have the adapter read, if this is the name of one that was not, so that its name can be looked up."""
         if may_see(model):
-            await self._service.ready(model)
+            scope = current_scope.get()
+            with scope.waiting() if scope is not None else nullcontext():
+                await self._service.ready(model)
 
     def admit(self, adapter_id: int, adapter: str, request_id: str) -> AbstractAsyncContextManager[None]:
         return self._admit(adapter, request_id)

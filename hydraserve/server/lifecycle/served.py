@@ -142,12 +142,16 @@ class Kept(Protocol):
 class RequestScope:
     """What belongs to one HTTP request: who sent it, and which adapter its model name stood for.
 
-    found: name -> what another process said that it stands for, see `server.api_servers`.
+    found:   name -> what another process said that it stands for, see `server.api_servers`.
+    waited:  seconds that its adapter took to be read and loaded, before the engine knew of the request.
+    counted: names whose look-up is in the metrics.
     """
 
     principal: Principal = ANONYMOUS
     adapter: Kept | None = None
     found: dict[str, Any] = field(default_factory=dict)
+    waited: float = 0.0
+    counted: set[str] = field(default_factory=set)
     _held: list[Kept] = field(default_factory=list)
 
     def use(self, adapter: ServedAdapter) -> None:
@@ -160,6 +164,15 @@ class RequestScope:
         """Remember what a name stands for, which is held already, until the request ends."""
         self.found[name] = found
         self._held.append(found)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the request waits for before the engine knows of it."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - began
 
     def end(self) -> None:
         """Let go of what the request used."""
