@@ -138,8 +138,8 @@ def test_colours_span_the_weights_of_the_answer_and_the_page_says_so(page: Brows
     means = np.stack([weights[:, layers == layer].mean(axis=1) for layer in range(LAYERS)])
     leading = weights.mean(axis=1).max()
     assert f"has {percent(leading)}, the most" in text(page, ".token-scale")
-    assert f"Grey: a head has {percent(means.min())} of" in text(page, ".heat-scale")
-    assert f"Full colour: {percent(means.max())}, the most" in text(page, ".heat-scale")
+    assert f"Grey is {percent(means.min())} of" in text(page, ".heat-scale")
+    assert f"full colour {percent(means.max())}:" in text(page, ".heat-scale")
     token, place = int(means.max(axis=(0, 2)).argmax()), "n => Number(n.style.getPropertyValue('--weight'))"
     page.hover(f'.token[data-index="{token}"]')
     assert page.js(f"return Math.max(...[...document.querySelectorAll('.heat .cell')].map({place}))") == 1

@@ -201,8 +201,7 @@ export class Answer {
       ...columns.map((column, i) => heatCell(head, layers[i], column?.[head] ?? null, range)),
     ]);
     this.find(".heat-scale").textContent =
-      `Grey: a head has ${percent(range[0])} of its layer’s weight, the least in this answer. ` +
-      `Full colour: ${percent(range[1])}, the most.`;
+      `Grey is ${percent(range[0])} of a layer’s weight, full colour ${percent(range[1])}: this answer’s range.`;
     heat.replaceChildren(...cells.flat(), ...layerNumbers(layers));
     heat.setAttribute("aria-label", describe(layers, columns));
   }
