@@ -79,10 +79,10 @@ class Metrics:
         self.adapter_state = gauge(
             "adapter_state", "1 for the fastest place that the adapter is in: slot or host.", (*ADAPTER, "state")
         )
-        self.slots = gauge("slots", "Adapters that can be in one batch.")
+        self.slots = gauge("slots", "Adapters that can be in one batch; added up over data-parallel engines.")
         self.slots_used = gauge("slots_used", "Slots that hold an adapter.")
-        self.slot_hits = counter("slot_hits", "Adapters of a step that were in a slot already.")
-        self.slot_misses = counter("slot_misses", "Adapters of a step that had to be copied into a slot first.")
+        self.slot_hits = counter("slot_hits", "Times requests for an adapter began and it was in a slot already.")
+        self.slot_misses = counter("slot_misses", "Times an adapter had to be copied into a slot for the next step.")
         self.host_cache_capacity = gauge("host_cache_capacity", "Adapters that host memory may hold.")
         self.host_cache_adapters = gauge("host_cache_adapters", "Adapters in host memory.")
         self.host_cache_bytes = gauge("host_cache_bytes", "Host memory that adapters take in one worker.")

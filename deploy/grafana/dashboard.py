@@ -46,9 +46,10 @@ def ratio(part: str, rest: str) -> str:
 
 
 def head_share(by: str) -> str:
-    """Of the routing weight of each `by`, what its heads have."""
+    """Of the routing weight of each `by`, what its heads have. Not of "other": its adapters differ in their heads."""
+    weight = rate("hydraserve_router_weight_total", by=f"{by}, head", more=', adapter!="other"')
     tokens = rate("hydraserve_router_tokens_total", by=by)
-    return f"{rate('hydraserve_router_weight_total', by=f'{by}, head')} / on ({by}) group_left () ({tokens} > 0)"
+    return f"{weight} / on ({by}) group_left () ({tokens} > 0)"
 
 
 def entropy(by: str) -> str:
@@ -188,7 +189,8 @@ def memory() -> Iterator[Json]:
         (ratio("hydraserve_slot_hits_total", "hydraserve_slot_misses_total"), "{{instance}} slots"),
         (ratio("hydraserve_host_cache_hits_total", "hydraserve_host_cache_misses_total"), "{{instance}} host memory"),
         defaults=SHARE,
-        text="Slots: adapters of a step that were in a slot already. Host memory: requests whose adapter was there.",
+        text="Of the times an adapter was needed, those when it was there: in a slot when requests for it began,"
+        " in host memory when a request looked it up.",
     )
     yield graph(
         "Loads and evictions",

@@ -26,7 +26,8 @@ class RouterCount:
 
 @dataclass(frozen=True)
 class SlotCounts:
-    """Adapter ids' ways in and out of slots. hits, misses: adapters of a step that were in a slot, or were not."""
+    """Adapter ids' ways in and out of slots. hits: adapters that were in one when requests began. misses: that were
+    not when a step needed them."""
 
     loads: Mapping[int, int] = field(default_factory=dict)
     evictions: Mapping[int, int] = field(default_factory=dict)
@@ -104,6 +105,9 @@ class EngineObservation(Protocol):
 
     async def finish_trace(self, trace: str) -> RoutingTrace:
         """End it. What no router was seen in has no routers."""
+
+    async def count_prompt(self, state: Any, body: Mapping[str, Any], chat: bool) -> int:
+        """How many tokens the prompt has that `generate` would compute; refuses what it would refuse at once."""
 
     async def generate(self, state: Any, body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
         """The answer of vLLM's handler of /v1/completions or /v1/chat/completions. state: the app's."""

@@ -20,6 +20,7 @@ class EngineSizes:
     capacity:      the largest adapter that a slot takes.
     targets:       last components of the paths of the wrapped modules.
     dtype:         of the adapters.
+    trace_bytes:   memory that tracing a request's routing takes for each token, in the worker that records most.
     """
 
     slots: int
@@ -27,6 +28,7 @@ class EngineSizes:
     capacity: SlotCapacity
     targets: tuple[str, ...]
     dtype: torch.dtype = torch.float32
+    trace_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Residency:
     """What the engine holds at one moment.
 
     host:          adapter id -> bytes in host memory, of the worker that holds most.
-    slots:         adapter id in each slot, or None.
+    slots:         adapter id in each slot, or None; of all data-parallel engines, one after the other.
     blocks:        KV blocks in all, free, and with a prefix that a request could hit.
     process_bytes: resident memory of the engine's largest process.
     """

@@ -185,6 +185,24 @@ def read_stored(path: Path | str, digest: str | None = None) -> HydraAdapter:
     return adapter
 
 
+def read_layouts(path: Path | str) -> dict[str, Layout]:
+    """How each module of the adapter in a file of the store is laid out; only the header is read.
+
+    Raises as `read_stored`.
+    """
+    path = Path(path)
+    try:
+        with open_regular(path) as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(min(size, os.fstat(file.fileno()).st_size)))
+        header = json.loads(entries["__metadata__"][_HEADER])
+        return {module: Layout.of_record(record["layout"]) for module, record in header["modules"].items()}
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"a file that cannot be read ({error})") from error
+
+
 def _read_gently(file: BinaryIO) -> torch.Tensor:
     """The file's bytes, uint8. Read in pieces with pauses: a model that runs meanwhile needs the same memory's
     bandwidth, and one step would wait for all of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import tempfile
 import urllib.error
@@ -92,19 +93,20 @@ def ask(args: argparse.Namespace, adapter: str) -> bytes:
     headers = {"Content-Type": "application/json"}
     if key := take_secret("HYDRASERVE_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{args.url.rstrip('/')}/v1/routing", json.dumps(body).encode(), headers)
     try:
+        request = urllib.request.Request(f"{args.url.rstrip('/')}/v1/routing", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
             data: bytes = response.read()
             return data
     except urllib.error.HTTPError as e:
         raise RequestError(f"{args.url}/v1/routing", got=_message(e), expected="routing weights") from e
-    except (urllib.error.URLError, OSError) as e:
+    # ValueError: an address without "http://". HTTPException: what answers speaks something else.
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise RequestError(
             args.url,
-            got=getattr(e, "reason", e),
+            got=getattr(e, "reason", None) or str(e) or type(e).__name__,
             expected="a server that answers",
-            fix="start one with hydraserve serve, or give --url, or --model to have one started",
+            fix="start one with hydraserve serve, or give --url http://HOST:PORT, or --model to have one started",
         ) from e
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from hydraserve.errors import ConfigError
+from hydraserve.errors import ConfigError, RequestError
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; the inspector page has the same.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a900", "#8c6bb1")
@@ -24,6 +26,8 @@ PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b
 FAINTEST = 0.2
 # Tokens whose texts can be read below a picture of bearable width.
 MOST_LABELS = 150
+# C0 and C1 but for tab and line feed, and what deletes.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +43,18 @@ class Routing:
 
     @classmethod
     def of(cls, data: bytes) -> Routing:
-        """From the answer as safetensors."""
+        """From the answer as safetensors. Raises RequestError when it is something else."""
         size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
-        return cls(json.loads(header["__metadata__"]["routing"]), load(data)["weights"])
+        try:
+            header = json.loads(data[8 : 8 + size])
+            return cls(json.loads(header["__metadata__"]["routing"]), load(data)["weights"])
+        except (ValueError, KeyError, TypeError, SafetensorError) as e:
+            raise RequestError(
+                "answer",
+                got=f"{len(data):,} bytes that are no routing weights ({e})",
+                expected="safetensors",
+                fix="give the --url of a hydraserve server",
+            ) from e
 
     @property
     def heads(self) -> int:
@@ -87,6 +99,11 @@ def _legend(routing: Routing) -> Text:
     return text
 
 
+def printable(text: str) -> str:
+    """Text of a token, of which a terminal obeys nothing but line breaks and tabs: a model may write anything."""
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def _coloured(routing: Routing) -> Text:
     shares, text = routing.shares, Text()
     equal = 1 / routing.heads
@@ -94,11 +111,11 @@ def _coloured(routing: Routing) -> Text:
     for token, share in zip(routing.summary["tokens"], shares, strict=True):
         underline = "underline " if token["kind"] == "prompt" else ""
         if np.isnan(share).any():
-            text.append(token["text"], style=underline.strip())
+            text.append(printable(token["text"]), style=underline.strip())
             continue
         head = int(share.argmax())
         strength = FAINTEST + (1 - FAINTEST) * (float(share[head]) - equal) / furthest
-        text.append(token["text"], style=f"{underline}#000000 on {tint(head, strength)}")
+        text.append(printable(token["text"]), style=f"{underline}#000000 on {tint(head, strength)}")
     return text
 
 

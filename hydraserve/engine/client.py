@@ -40,9 +40,11 @@ class EngineAdapters:
         return config._api_process_rank, config._api_process_count
 
     async def sizes(self) -> EngineSizes:
-        first = (await self._call("hydra_ready"))[0]
+        workers = await self._call("hydra_ready")
+        first, trace_bytes = workers[0], max(worker["trace_bytes"] for worker in workers)
         capacity, dtype = SlotCapacity(*first["capacity"]), getattr(torch, first["dtype"])
-        return EngineSizes(first["slots"], first["host_adapters"], capacity, tuple(first["targets"]), dtype)
+        targets = tuple(first["targets"])
+        return EngineSizes(first["slots"], first["host_adapters"], capacity, targets, dtype, trace_bytes)
 
     def new_id(self) -> int:
         return int(self._ids.inc(1))
@@ -82,16 +84,17 @@ class EngineAdapters:
         return sum(await self._engine.engine_core.call_utility_all_async("hydra_evict_blocks", adapter))
 
     async def residency(self) -> Residency:
-        workers = await self._call("hydra_residency")
+        engines = await self._call_engines("hydra_residency")
         pools = await self._engine.engine_core.call_utility_all_async("hydra_count_blocks")
         host: dict[int, int] = {}
+        workers = [worker for engine in engines for worker in engine]
         for worker in workers:
             for adapter_id, nbytes in worker["host"]:
                 host[adapter_id] = max(nbytes, host.get(adapter_id, 0))
         blocks, free, cached = (sum(counts) for counts in zip(*pools, strict=True))
         return Residency(
             host=host,
-            slots=tuple(workers[0]["slots"]),
+            slots=tuple(adapter_id for engine in engines for adapter_id in engine[0]["slots"]),
             blocks=blocks,
             free_blocks=free,
             cached_blocks=cached,
@@ -118,12 +121,16 @@ class EngineAdapters:
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """The answers of all workers of all engines."""
+        return [answer for workers in await self._call_engines(method, *args) for answer in workers]
+
+    async def _call_engines(self, method: str, *args: Any) -> list[list[Any]]:
+        """Of each (data-parallel) engine, the answers of its workers."""
         core = self._engine.engine_core
         try:
-            engines = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+            engines: list[list[Any]] = await core.call_utility_all_async("collective_rpc", method, None, args, None)
         except Exception as e:
             raise EngineError(what=f"call of {method}", got=str(e), expected="an answer of the engine") from e
-        return [answer for workers in engines for answer in workers]
+        return engines
 
     async def _poll(self) -> None:
         pause = _FIRST_POLL_S

@@ -26,7 +26,7 @@ from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.engine.layers import HydraLinear, ModuleWeights, resolved_dtype, slot_capacity
 from hydraserve.engine.loader import HydraLoRAModel, to_lora_model
 from hydraserve.engine.options import EngineOptions, refuse_wrong_results
-from hydraserve.engine.routing import RoutingRecorder, SlotEvents
+from hydraserve.engine.routing import RoutingRecorder, SlotEvents, current_step
 from hydraserve.engine.worker import AdapterLoader
 from hydraserve.errors import AdapterConflictError, AdapterNotFoundError, BaseMismatchError, BaseShapeError
 
@@ -81,7 +81,7 @@ class HydraLoRAModelManager(LRUCacheLoRAModelManager):
             self.routing.prepare(slots.numpy()[: len(mapping.index_mapping)])
 
     def activate_adapter(self, lora_id: int) -> bool:
-        self.slot_events.looked_up(lora_id, lora_id in self._active_adapters)
+        self.slot_events.looked_up(lora_id, lora_id in self._active_adapters, current_step.begins(lora_id))
         return super().activate_adapter(lora_id)
 
     def _deactivate_adapter(self, lora_id: int) -> None:
@@ -219,6 +219,7 @@ class HydraWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             "capacity": [capacity.rows, capacity.k, capacity.heads],
             "dtype": str(resolved_dtype(self.lora_config)).removeprefix("torch."),
             "targets": sorted({name.rpartition(".")[2] for name in self._adapter_manager.adaptable}),
+            "trace_bytes": self.routing.trace_bytes,
         }
 
     def prepare(self, adapter_id: int, path: str, digest: str) -> HydraLoRAModel:

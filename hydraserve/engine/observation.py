@@ -46,19 +46,22 @@ class WatchedEngine:
     async def finish_trace(self, trace: str) -> RoutingTrace:
         return merge_traces([part for part in await self._call("hydra_finish_trace", trace) if part is not None])
 
-    async def generate(self, state: Any, body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    async def count_prompt(self, state: Any, body: Mapping[str, Any], chat: bool) -> int:
+        request = _request(body, chat)
         if chat:
-            from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+            rendered = _answered(await state.openai_serving_chat.render_chat_request(request))
+            prompts = rendered[1]  # after the conversation
+        else:
+            prompts = _answered(await state.openai_serving_completion.render_completion_request(request))
+        return len(prompts[0]["prompt_token_ids"])
 
-            request = _parsed(ChatCompletionRequest, body)
+    async def generate(self, state: Any, body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+        request = _request(body, chat)
+        if chat:
             answer = await state.openai_serving_chat.create_chat_completion(request)
         else:
-            from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-            answer = await state.openai_serving_completion.create_completion(_parsed(CompletionRequest, body))
-        if hasattr(answer, "error"):
-            raise _refused(answer.error.message, answer.error.code)
-        dumped: dict[str, Any] = answer.model_dump()
+            answer = await state.openai_serving_completion.create_completion(request)
+        dumped: dict[str, Any] = _answered(answer).model_dump()
         return dumped
 
     def decode(self, token_ids: list[int]) -> str:
@@ -78,17 +81,22 @@ class WatchedEngine:
         return [answer for workers in engines for answer in workers]
 
 
-def _parsed(kind: Any, body: Mapping[str, Any]) -> Any:
+def _request(body: Mapping[str, Any], chat: bool) -> Any:
     """vLLM's request. Raises InvalidRequestError."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
     try:
-        return kind(**body)
+        return (ChatCompletionRequest if chat else CompletionRequest)(**body)
     except ValueError as e:  # pydantic's
         raise InvalidRequestError(what="request", got=first_line(e)) from e
 
 
-def _refused(message: str, code: int) -> InvalidRequestError | UnknownAdapterError:
-    kind = UnknownAdapterError if code == 404 else InvalidRequestError
-    return kind(what=message)
+def _answered(answer: Any) -> Any:
+    """What a handler of vLLM's gave. Raises InvalidRequestError or UnknownAdapterError when that is a refusal."""
+    if hasattr(answer, "error"):
+        raise (UnknownAdapterError if answer.error.code == 404 else InvalidRequestError)(what=answer.error.message)
+    return answer
 
 
 def merge_counts(answers: Sequence[Mapping[str, Any]]) -> EngineCounts:

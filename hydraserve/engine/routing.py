@@ -42,6 +42,11 @@ class Step:
         requests, self.requests = self.requests, None
         return requests
 
+    def begins(self, adapter_id: int) -> bool:
+        """Whether a request for the adapter is new in this step."""
+        new = self.scheduled.scheduled_new_reqs if self.scheduled is not None else ()
+        return any(r.lora_request is not None and r.lora_request.lora_int_id == adapter_id for r in new)
+
     def computed(self, request_id: str) -> int:
         """How many tokens of the request were computed before this step."""
         for new in self.scheduled.scheduled_new_reqs:
@@ -68,9 +73,10 @@ class SlotEvents:
     hits: int = 0
     misses: int = 0
 
-    def looked_up(self, adapter_id: int, in_slot: bool) -> None:
-        """A step needs the adapter."""
-        self.hits += in_slot
+    def looked_up(self, adapter_id: int, in_slot: bool, begins: bool) -> None:
+        """A step needs the adapter. begins: for a request that is new in it; those that go on are no hits, or long
+        answers would hide all misses."""
+        self.hits += in_slot and begins
         self.misses += not in_slot
         if not in_slot:
             self.loads[adapter_id] += 1
@@ -124,6 +130,11 @@ class RoutingRecorder:
         for slots in self.layers:
             slots.probe_with(self.probe, first)
             first += len(slots.out_slices)
+
+    @property
+    def trace_bytes(self) -> int:
+        """Memory that a trace takes for each of its tokens, whichever routers are asked for."""
+        return 4 * self.probe.routers * self.probe.heads  # float32
 
     def prepare(self, slots: npt.NDArray[np.int32], step: Step = current_step) -> None:
         """Say what the coming step records. slots: of each row, -1 for the base model."""

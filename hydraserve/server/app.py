@@ -103,8 +103,10 @@ class HydraEndpoints:
         await self._server.start(runtime, state.openai_serving_models)
         service = self._server.service
         assert service is not None
-        state.hydraserve_adapters, state.hydraserve_tracer = service, routing.Tracer(engine_client.hydra_watched)
-        await state.hydraserve_metrics.start(service, await runtime.sizes())
+        sizes = await runtime.sizes()
+        state.hydraserve_adapters = service
+        state.hydraserve_tracer = routing.Tracer(engine_client.hydra_watched, service.current, sizes.trace_bytes)
+        await state.hydraserve_metrics.start(service, sizes)
         state.hydraserve_metrics.add(LoraRequestsInfo(service, engine_client.vllm_config.lora_config.max_loras))
         state.hydraserve_readiness = Readiness(self._traffic, lambda: bool(engine_client.errored))
         engine_client.hydra_ending.attach(self._drain)

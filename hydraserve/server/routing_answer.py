@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_safetensors
 
 from hydraserve.adapters.observation import RoutingTrace
 from hydraserve.errors import InvalidRequestError
+from hydraserve.server.routing_schemas import RoutingFormat
 
 # Numbers in a JSON answer: some megabytes, which take some tens of milliseconds to write.
 MAX_JSON_NUMBERS = 400_000
@@ -52,18 +53,43 @@ def module_of(router: str) -> str:
 
 
 def select(trace: RoutingTrace, modules: Sequence[str] | None, layers: Sequence[int] | None) -> RoutingTrace:
-    """Only the routers asked for. Raises InvalidRequestError for names or numbers that no router has."""
-    _refuse_unknown("modules", modules, {module_of(name) for name in trace.routers})
-    _refuse_unknown("layers", layers, {layer_of(name) for name in trace.routers})
+    """Only the routers asked for. Raises InvalidRequestError as `choose`."""
+    keep = choose(trace.routers, modules, layers)
+    heads = tuple(trace.heads[i] for i in keep)
+    return RoutingTrace(tuple(trace.routers[i] for i in keep), heads, trace.weights[:, keep, : max(heads)])
+
+
+def choose(routers: Sequence[str], modules: Sequence[str] | None, layers: Sequence[int] | None) -> list[int]:
+    """Which of the routers are asked for. Raises InvalidRequestError for names or numbers that no router has."""
+    _refuse_unknown("modules", modules, {module_of(name) for name in routers})
+    _refuse_unknown("layers", layers, {layer_of(name) for name in routers})
     keep = [
         i
-        for i, name in enumerate(trace.routers)
+        for i, name in enumerate(routers)
         if (modules is None or module_of(name) in modules) and (layers is None or layer_of(name) in layers)
     ]
     if not keep:
         raise InvalidRequestError("modules and layers", got="no router that is in both", expected="at least one router")
-    heads = tuple(trace.heads[i] for i in keep)
-    return RoutingTrace(tuple(trace.routers[i] for i in keep), heads, trace.weights[:, keep, : max(heads)])
+    return keep
+
+
+def check_size(form: RoutingFormat, tokens: int, heads: Sequence[int]) -> None:
+    """Raises InvalidRequestError when the weights of so many tokens are too large an answer. heads: of each router."""
+    numbers, nbytes = tokens * sum(heads), tokens * len(heads) * max(heads) * np.dtype(np.float32).itemsize
+    if form is RoutingFormat.JSON and numbers > MAX_JSON_NUMBERS:
+        raise InvalidRequestError(
+            "format",
+            got=f"json, for {numbers:,} routing weights",
+            expected=f"at most {MAX_JSON_NUMBERS:,}",
+            fix="ask for npz or safetensors, or for fewer tokens, modules or layers",
+        )
+    if nbytes > MAX_BINARY_BYTES:
+        raise InvalidRequestError(
+            "answer",
+            got=f"{nbytes:,} bytes of routing weights",
+            expected=f"at most {MAX_BINARY_BYTES:,}",
+            fix="ask for fewer tokens, modules or layers",
+        )
 
 
 def _refuse_unknown(what: str, asked: Sequence[Any] | None, known: set[Any]) -> None:
@@ -79,12 +105,18 @@ def token_texts(decode: Callable[[list[int]], str], ids: Sequence[int]) -> list[
     start = shown = 0  # ids[start:shown] is the context that decoders need for the next token
     for end in range(1, len(ids) + 1):
         before, after = decode(list(ids[start:shown])), decode(list(ids[start:end]))
-        if after.endswith("\ufffd") and end < len(ids):
+        if after.endswith("\ufffd") and not _stays(decode, ids[start:], end - start, after):
             texts.append("")
             continue
         texts.append(after[len(before) :])
         start, shown = shown, end
     return texts
+
+
+def _stays(decode: Callable[[list[int]], str], ids: Sequence[int], end: int, text: str) -> bool:
+    """Whether `text` of ids[:end] stays, whatever follows: it may end in a part of a character, whose sign later
+    tokens replace, or in that very sign. A character has four bytes at most."""
+    return all(decode(list(ids[:more])).startswith(text) for more in range(end + 1, min(end + 3, len(ids)) + 1))
 
 
 class RoutingAnswer:
@@ -98,17 +130,6 @@ class RoutingAnswer:
         self.weights: npt.NDArray[np.float32] = weights
         self._seen: npt.NDArray[np.bool_] = np.logical_not(np.isnan(weights).all(axis=(1, 2)))
         self._entropy = self._entropies()  # [tokens, routers]
-
-    def check_json(self) -> None:
-        """Raises InvalidRequestError when the answer is too large for JSON."""
-        numbers = self._generated.tokens * sum(self._trace.heads)
-        if numbers > MAX_JSON_NUMBERS:
-            raise InvalidRequestError(
-                "format",
-                got=f"json, for {numbers:,} routing weights",
-                expected=f"at most {MAX_JSON_NUMBERS:,}",
-                fix="ask for npz or safetensors, or for fewer tokens, modules or layers",
-            )
 
     def _entropies(self) -> npt.NDArray[np.float32]:
         w = np.nan_to_num(self.weights)

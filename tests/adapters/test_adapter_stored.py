@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hydraserve.adapters import store
-from hydraserve.adapters.store import AdapterStore, StoredAdapter, read_stored
+from hydraserve.adapters.store import AdapterStore, StoredAdapter, read_layouts, read_stored
 from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.adapters.weights import HydraAdapter
 from hydraserve.errors import AdapterNotFoundError, UnreadableFileError
@@ -39,6 +39,22 @@ def test_what_is_read_is_what_was_stored(
         assert again.modules[path].layout == weights.layout
         assert torch.equal(again.modules[path].a, weights.a)
         assert torch.equal(again.modules[path].b, weights.b)
+
+
+def test_layouts_are_read_without_the_weights(adapter: HydraAdapter, stored: StoredAdapter, tmp_path: Path) -> None:
+    expected = {path: weights.layout for path, weights in adapter.modules.items()}
+    assert read_layouts(stored.path) == expected
+    data = Path(stored.path).read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    short = tmp_path / "short"
+    short.write_bytes(data[:header])
+    assert read_layouts(short) == expected
+    for damaged in (data[:0], data[:5], data[:100], (1 << 60).to_bytes(8, "little") + data[8:]):
+        short.write_bytes(damaged)
+        with pytest.raises(UnreadableFileError):
+            read_layouts(short)
+    with pytest.raises(AdapterNotFoundError):
+        read_layouts(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

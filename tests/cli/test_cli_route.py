@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from hydraserve.adapters.observation import RoutingTrace
-from hydraserve.cli.main import USAGE_ERROR, main
+from hydraserve.cli.main import FAILURE, USAGE_ERROR, main
 from hydraserve.cli.route_view import Routing, draw, show, tint
 from hydraserve.server.routing_answer import Generated, RoutingAnswer
 
@@ -51,6 +56,58 @@ def test_tokens_have_the_colour_of_their_leading_head() -> None:
         assert f"48;2;{r};{g};{b}m" in text, token
     assert text.rstrip().endswith("end"), "the last token has no colour"
     assert "2 prompt tokens (underlined), 3 generated, 3 routers" in text
+
+
+def test_a_terminal_obeys_no_token() -> None:
+    texts = ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m\r", "\x08\x7f", "a\n\tb", "end\x1b"]
+    plain = printed(routing(texts, prompt=2), color_system=None)
+    coloured = printed(routing(texts, prompt=2), force_terminal=True, color_system="truecolor")
+    left = re.sub(r"\x1b\[[\d;]*m", "", coloured)  # what rich wrote
+    for shown in (plain, left):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    assert r"\x1b]0;title\x07\x1b[2J\x9b31m\x0d\x08\x7fa" in left
+    assert r"\x1b]0;title\x07" in plain
+
+
+@contextmanager
+def listening(answer: bytes) -> Iterator[str]:
+    """The address of something that gives one client this answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join(10)
+
+
+@pytest.mark.parametrize("url", ["gpu-1", "gpu-1:8000", "http://gpu-1:port", "http://[::1"])
+def test_addresses_that_are_none_are_refused(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["route", "--adapter", "sql", "--prompt", "x", "--url", url]) == FAILURE
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {url}")
+    assert "http://HOST:PORT" in error
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n<p>welcome!</p>\n",
+    ],
+    ids=["another protocol", "nothing", "half an answer", "another server"],
+)
+def test_what_answers_is_no_server_of_ours(answer: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening(answer) as url:
+        assert main(["route", "--adapter", "sql", "--prompt", "x", "--url", url]) == FAILURE
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_shares_are_of_all_routers_work() -> None:

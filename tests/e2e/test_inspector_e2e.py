@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from adapter_client import wait_for
 from webdriver import CHROMIUM, DRIVER, Browser
@@ -16,6 +17,7 @@ from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
 from hydraserve.bench.process import ServerProcess
 from hydraserve.models import base_shapes
+from hydraserve.server.routes.routing import MAX_TRACES
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None,
@@ -49,6 +51,12 @@ def choose(page: Browser, *names: str) -> None:
     for name, is_checked in boxes:
         if is_checked != (name in names):
             page.click(f'#adapter-list input[value="{name}"]')
+
+
+def listed(page: Browser) -> list[str]:
+    """Names of the adapters that can be chosen from."""
+    found: list[str] = page.js("return [...document.querySelectorAll('#adapter-list input')].map(n => n.value)")
+    return found
 
 
 def generate(page: Browser, *names: str, prompt: str = PROMPT, tokens: int = 8) -> None:
@@ -122,6 +130,21 @@ def test_the_heat_map_follows_the_cursor(page: Browser, server: ServerProcess) -
     assert page.js("return document.querySelector('.heat').getAttribute('aria-label')").startswith("Leading heads: lay")
 
 
+def test_colours_span_the_weights_of_the_answer_and_the_page_says_so(page: Browser, server: ServerProcess) -> None:
+    generate(page, "oracle")
+    tokens, routers = (answer_of(server, "oracle")[key] for key in ("tokens", "routers"))
+    weights = np.array([token["weights"] for token in tokens[:-1]])  # [tokens, routers, heads]
+    layers = np.array([router["layer"] for router in routers])
+    means = np.stack([weights[:, layers == layer].mean(axis=1) for layer in range(LAYERS)])
+    leading = weights.mean(axis=1).max()
+    assert f"has {percent(leading)}, the most" in text(page, ".token-scale")
+    assert f"Grey is {percent(means.min())} of" in text(page, ".heat-scale")
+    assert f"full colour {percent(means.max())}:" in text(page, ".heat-scale")
+    token, place = int(means.max(axis=(0, 2)).argmax()), "n => Number(n.style.getPropertyValue('--weight'))"
+    page.hover(f'.token[data-index="{token}"]')
+    assert page.js(f"return Math.max(...[...document.querySelectorAll('.heat .cell')].map({place}))") == 1
+
+
 def test_switch_adapters_and_compare_two(page: Browser) -> None:
     generate(page, "oracle")
     generate(page, "all-r8-e4")
@@ -140,36 +163,79 @@ def test_switch_adapters_and_compare_two(page: Browser) -> None:
     assert all(fact.startswith("Token 5, prompt") for fact in facts), "both show the same position"
 
 
-def test_usage_of_all_requests_is_live(page: Browser) -> None:
-    generate(page, "oracle")
-    bars = ".usage td:nth-child(3)"
-    page.until(lambda: "–" not in texts(page, bars), "the use of the heads in all requests")
-    before = texts(page, bars)
-    shares = [float(share.removesuffix(" %")) for share in before]
+def complete(server: ServerProcess, model: str, prompt: list[int]) -> None:
+    body = {"model": model, "prompt": prompt, "max_tokens": 1}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+
+def test_adapters_that_come_are_listed_and_their_use_is_live(page: Browser, server: ServerProcess) -> None:
+    page.js("document.querySelector('#adapter-list input[value=oracle]').focus()")
+    name = "oracle@top_k=1"  # whole tokens: another request changes what its heads have
+    complete(server, name, [5])
+    page.js("window.dispatchEvent(new Event('focus'))")  # sooner than the page would ask by itself
+    page.until(lambda: name in listed(page), "the new adapter in the list")
+    assert page.js("return document.activeElement.value") == "oracle", "the focus stays where it was"
+    generate(page, name, prompt="x", tokens=1)
+    bars = "return [...document.querySelectorAll('.usage td:nth-child(3) .bar')].map(n => n.style.cssText)"
+    page.until(lambda: "–" not in texts(page, ".usage td:nth-child(3)"), "the use of the heads in all requests")
+    shares = [float(share.removesuffix(" %")) for share in texts(page, ".usage td:nth-child(3)")]
     assert 99 <= sum(shares) <= 101
     assert text(page, ".live-note") == ""
+    before = page.js(bars)
+    complete(server, name, list(range(100, 160)))
+    page.until(lambda: page.js(bars) != before, "the bars to follow what others ask", seconds=20)
+
+
+def test_usage_of_adapters_without_series_of_their_own(page: Browser) -> None:
+    """Of the page's own function: this server has series for all adapters."""
+    script = "return import('./inspector/usage.js').then(m => m.liveUsage({adapters: new Map([%s]), note: ''}, '%s'))"
+    own, note = page.js(script % ("['other', 1], ['other_', 2]", "other"))
+    assert (own, note) == (2, "")
+    own, note = page.js(script % ("['other', 1]", "sql"))
+    assert own is None
+    assert "--metrics-adapters" in note
+
+
+def test_more_adapters_than_the_server_traces_at_once(page: Browser, server: ServerProcess) -> None:
+    names = ["all-r8-e4", "attn-r4-e3", "mlp-r16-e2", "oracle"]
+    names += [*(f"attn-r4-e3@top_k={k}" for k in (1, 2, 3)), "mlp-r16-e2@top_k=1", "mlp-r16-e2@top_k=2"]
+    assert len(names) > MAX_TRACES
+    for name in names[4:]:
+        complete(server, name, [5])
+    page.js("window.dispatchEvent(new Event('focus'))")
+    page.until(lambda: set(names) <= set(listed(page)), "the new adapters in the list")
+    generate(page, *names, prompt="x", tokens=1)
+    assert set(texts(page, ".answer h2")) == set(names)
+    assert page.js("return document.querySelectorAll('.answer .body[hidden]').length") == 0
+
+
+def tab_to(page: Browser, condition: str) -> None:
+    """Press the tab key until the condition, a JavaScript expression, holds."""
+    for _ in range(40):
+        page.press("tab")
+        if page.js(f"return {condition}"):
+            return
+    raise AssertionError(f"not reached with the tab key: {condition}")
 
 
 def test_from_the_keyboard_alone(page: Browser) -> None:
-    page.js("document.querySelector('#adapter-list input:not(:disabled)').focus()")
-    choose(page)  # none
-    page.js("document.querySelector('#adapter-list input[value=oracle]').focus()")
-    page.press(" ")
-    for _ in range(20):  # past the other adapters, to the prompt
-        if page.js("return document.activeElement.id") == "prompt":
-            break
-        page.press("tab")
-    assert page.js("return document.activeElement.id") == "prompt"
-    page.press("control+a", *"Hello there", "tab")
-    page.press("tab", "control+a", "6")
-    assert page.js("return document.activeElement.id") == "max-tokens"
-    page.js("document.getElementById('prompt').focus()")
-    page.press("control+enter")
+    ticked = page.js("return document.querySelector('#adapter-list input:checked').value")
+    assert ticked != "oracle"
+    for name in (ticked, "oracle"):
+        tab_to(page, f"document.activeElement.value === '{name}'")
+        page.press(" ")
+    assert page.js("return [...document.querySelectorAll('#adapter-list input:checked')].map(n => n.value)") == [
+        "oracle"
+    ]
+    tab_to(page, "document.activeElement.id === 'prompt'")
+    page.press("control+a", *"Hello there", "control+enter")
     wait_for_answers(page)
-    for _ in range(20):
-        if page.js("return document.activeElement.classList.contains('token')"):
-            break
-        page.press("tab")
+    tab_to(page, "document.activeElement.id === 'max-tokens'")
+    page.press("control+a", "1")
+    tab_to(page, "document.activeElement.id === 'generate'")
+    page.press("enter")
+    page.until(lambda: " 1 generated" in text(page, ".facts"), "another answer")
+    tab_to(page, "document.activeElement.classList.contains('token')")
     page.press("home")
     assert text(page, ".token-facts").startswith("Token 0, prompt")
     page.press("right", "right", "left")
@@ -201,11 +267,12 @@ def test_what_goes_wrong_is_said(page: Browser) -> None:
     choose(page)
     page.click("#generate")
     assert text(page, "#status") == "Choose an adapter first."
-    choose(page, "oracle")
+    generate(page, "oracle")
     page.js("document.getElementById('prompt').value = 'word '.repeat(2000)")
     page.click("#generate")
     page.until(lambda: text(page, "#status") == "1 of 1 failed.", "the refusal")
     assert "1024" in text(page, ".message")
+    assert page.js("return document.querySelector('.answer .body').hidden"), "the answer to an earlier prompt"
     assert page.js("return document.querySelector('#adapter-list input[value=plain-r8]').disabled")
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +151,27 @@ def test_a_client_that_leaves_and_requests_for_the_base_model(adapters: AdapterC
     requests = before.value("hydraserve_adapter_requests_total", adapter="base")
     assert adapters.complete("demo", [3, 4, 5]).status == 200
     wait_until(adapters, "hydraserve_adapter_requests_total", requests + 1, adapter="base")
+
+
+def test_an_adapter_hits_its_slot_once_a_request_and_not_once_a_step(adapters: AdapterClient) -> None:
+    assert adapters.complete("oracle", [3, 4, 5], 2).status == 200
+    before = scrape(adapters)
+    slots = "hydraserve_slot_hits_total", "hydraserve_slot_misses_total"
+    routed = before.value("hydraserve_router_tokens_total", adapter="oracle", module="up_proj") + 22 * LAYERS
+    assert adapters.complete("oracle", [3, 4, 6], 20, cache_salt="anew").status == 200
+    now = wait_until(adapters, "hydraserve_router_tokens_total", routed, adapter="oracle", module="up_proj")
+    assert [now.value(name) - before.value(name) for name in slots] == [1, 0]
+
+
+def test_waiting_for_the_adapter_counts(adapters: AdapterClient) -> None:
+    """A derived adapter is made and loaded by its first request; that takes longer than to answer it."""
+    name, began = "attn-r4-e3@top_k=2", time.monotonic()
+    assert adapters.complete(name, [9, 8, 7], 1).status == 200
+    seconds = time.monotonic() - began
+    now = wait_until(adapters, "hydraserve_adapter_requests_total", 1, adapter=name)
+    for histogram in ("time_to_first_token", "request_duration"):
+        measured = now.value(f"hydraserve_adapter_{histogram}_seconds_sum", adapter=name)
+        assert 0.8 * seconds < measured < seconds, histogram
 
 
 def test_an_adapter_that_makes_room_for_others(adapters: AdapterClient) -> None:

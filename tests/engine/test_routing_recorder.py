@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hydra_kernels.reference import routing_weights
 from hydra_kernels.testing import random_weights
 
 from hydraserve.engine import routing
+from hydraserve.engine.client import EngineAdapters
 from hydraserve.engine.observation import merge_counts, merge_traces
 from hydraserve.engine.routing import RoutingCalls, RoutingRecorder, SlotEvents, Step, StepRequests
 from hydraserve.errors import BusyError
@@ -242,6 +244,36 @@ def test_engines_are_added_up_and_stages_put_together() -> None:
         "layers.1.q": (8, (4.0, 4.0)),
     }
     assert (merged.steps, merged.slots.hits, merged.slots.misses, merged.slots.loads) == (20, 6, 2, {7: 2})
+
+
+def test_only_requests_that_begin_hit_their_slot() -> None:
+    step, events = Step(), SlotEvents()
+    assert not step.begins(1), "before the first step"
+    for new, in_slot in (([1], False), ([], True), ([1], True), ([None, 2], True), ([], False)):
+        requests = [SimpleNamespace(lora_request=i and SimpleNamespace(lora_int_id=i)) for i in new]
+        step.scheduled = SimpleNamespace(scheduled_new_reqs=requests)
+        events.looked_up(1, in_slot, step.begins(1))
+    taken = events.take()
+    assert (taken["hits"], taken["misses"], taken["loads"]) == (1, 2, [(1, 2)])
+
+
+def test_slots_of_all_engines_and_the_host_memory_of_the_fullest_worker() -> None:
+    class Core:
+        """Two data-parallel engines of two workers each."""
+
+        async def call_utility_all_async(self, method: str, *args: object) -> list[object]:
+            if method == "hydra_count_blocks":
+                return [(10, 8, 1), (10, 9, 0)]
+            slots = [[7, None], [8, 7]]
+            return [
+                [{"host": [(7, 100 + w), (8, 50)], "slots": slots[e], "process_bytes": 10 * e + w} for w in range(2)]
+                for e in range(2)
+            ]
+
+    found = asyncio.run(EngineAdapters(SimpleNamespace(engine_core=Core())).residency())
+    assert found.slots == (7, None, 8, 7)
+    assert found.host == {7: 101, 8: 50}
+    assert (found.blocks, found.free_blocks, found.cached_blocks, found.process_bytes) == (20, 17, 1, 11)
 
 
 def test_traces_of_stages_join_in_the_order_of_layers() -> None:

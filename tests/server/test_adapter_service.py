@@ -404,3 +404,20 @@ async def message(work: Awaitable[object], kind: type[Exception]) -> str:
     with pytest.raises(kind) as caught:
         await work
     return str(caught.value)
+
+
+def test_a_request_knows_how_long_it_waited_for_its_adapter_to_be_read(run: Run, versions: list[Path]) -> None:
+    async def test(service: AdapterService, runtime: FakeRuntime) -> None:
+        service.register("late", str(versions[0]), Origin.DIRECTORY)
+        scope = RequestScope()
+        token = current_scope.set(scope)
+        try:
+            await Admission(service).ready("late")
+        finally:
+            current_scope.reset(token)
+        read = service.registry.get("late").load_seconds
+        assert read is not None
+        assert 0 < read < scope.waited
+        assert runtime.loads == [digest(versions[0])]
+
+    run(test)

@@ -138,6 +138,18 @@ def test_a_name_stands_for_what_the_keeper_says_until_the_request_ends(run: Run,
     run(test)
 
 
+def test_a_front_s_request_knows_how_long_it_waited_for_its_adapter(run: Run, versions: list[Path]) -> None:
+    async def test(pair: Pair) -> None:
+        pair.service.register("late", str(versions[0]), Origin.DIRECTORY)
+        with request_of() as scope:
+            await pair.front.ready("late")
+        read = pair.service.registry.get("late").load_seconds
+        assert read is not None
+        assert 0 < read < scope.waited
+
+    run(test)
+
+
 def test_names_that_stand_for_nothing(run: Run, versions: list[Path]) -> None:
     async def test(pair: Pair) -> None:
         await pair.service.add("a", str(versions[0]))

@@ -96,3 +96,25 @@ def test_where_series_cannot_be_removed_the_names_are_counted(clock: Clock) -> N
         clock.now += 20 * HALF_LIFE_S
         seen.add(use(labels, f"adapter-{i}"))
     assert len(seen - {"other"}) == 2 * SHARED_NAMES_PER_PLACE
+    clock.now += 20 * HALF_LIFE_S
+    assert use(labels, "adapter-0") == "adapter-0", "its series are there already"
+    assert use(labels, "yet another") == "other"
+
+
+def test_adapters_without_traffic_get_the_places_that_are_free(labels: AdapterLabels, retired: list[str]) -> None:
+    use(labels, "a")
+    for name in ("b", "c"):
+        labels.offer(name)
+    assert [labels.find(name) for name in "abc"] == ["a", "b", "other"]
+    assert use(labels, "c") == "c", "one with traffic takes the place of one that has none"
+    assert retired == ["b"]
+
+
+def test_what_is_known_of_unused_adapters_is_forgotten(labels: AdapterLabels, clock: Clock) -> None:
+    """The places are held by adapters in use, so that nobody gives one up meanwhile."""
+    labels.enter("a")
+    labels.enter("b")
+    for i in range(500):
+        clock.now += HALF_LIFE_S
+        assert use(labels, f"adapter-{i}") == "other"
+    assert len(labels._adapters) < 30

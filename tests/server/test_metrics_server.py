@@ -3,93 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from fake_metrics import Hooks, Server, counted
+from prometheus_client.parser import text_string_to_metric_families
 
-from hydraserve.adapters.observation import EngineCounts, RequestEnd, RouterCount, SlotCounts
-from hydraserve.adapters.runtime import EngineSizes, Residency
+from hydraserve.adapters.observation import EngineCounts, SlotCounts
+from hydraserve.adapters.runtime import Residency
 from hydraserve.errors import EngineError
-from hydraserve.metrics import Metrics
-from hydraserve.server.metrics.series import ServerMetrics
-
-NOTHING = EngineCounts({}, 0, SlotCounts())
-
-
-class Engine:
-    """`EngineObservation`, as far as metrics ask it."""
-
-    def __init__(self) -> None:
-        self.observer: Any = None
-        self.counts: list[EngineCounts | Exception] = []
-        self.in_flight: dict[str | None, tuple[int, int]] = {}
-
-    async def take_counts(self) -> EngineCounts:
-        found = self.counts.pop(0) if self.counts else NOTHING
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def requests(self) -> Mapping[str | None, tuple[int, int]]:
-        return self.in_flight
-
-
-class Service:
-    def __init__(self) -> None:
-        self.current: dict[str, Any] = {}
-        self.cache = SimpleNamespace(ready=lambda digest: digest == "ready")
-        self.held = Residency(host={}, slots=(None, None), blocks=0, free_blocks=0, cached_blocks=0, process_bytes=0)
-
-    def serve(self, name: str, adapter_id: int, waiting: int = 0) -> None:
-        stored = SimpleNamespace(digest=name)
-        self.current[name] = SimpleNamespace(adapter_id=adapter_id, waiting=waiting, stored=stored)
-
-    async def residency(self) -> Residency:
-        return self.held
-
-
-class Runtime:
-    hooks: Any = None
-
-    async def load(self, adapter_id: int, path: str, digest: str) -> None: ...
-
-    async def unload(self, adapter_id: int) -> None: ...
-
-
-class Server:
-    """Everything together, and a clock that only a test moves."""
-
-    def __init__(self, size: int = 3) -> None:
-        self.registry, self.now = CollectorRegistry(), 0.0
-        self.engine, self.service = Engine(), Service()
-        self.metrics = ServerMetrics(self.engine, Metrics(self.registry), size, lambda: self.now)  # type: ignore[arg-type]
-        self.runtime = self.metrics.meter(Runtime())  # type: ignore[arg-type]
-
-    async def start(self) -> None:
-        await self.metrics.start(self.service, EngineSizes(2, 4, None, ()))  # type: ignore[arg-type]
-
-    async def refresh(self) -> None:
-        self.now += 1.0
-        await self.metrics.refresh()
-
-    def request(self, adapter: str | None, outcome: str = "stop") -> None:
-        begun = self.engine.observer.begin(None if adapter is None else f"{adapter}@d1")
-        self.engine.observer.end(begun, RequestEnd(outcome, 5, 7, 2.0, 0.5, 0.25))
-
-    def value(self, name: str, **labels: str) -> float | None:
-        return self.registry.get_sample_value(f"hydraserve_{name}", labels)
-
-    def adapters(self) -> set[str]:
-        families = self.registry.collect()
-        return {s.labels["adapter"] for family in families for s in family.samples if "adapter" in s.labels}
-
-
-def counted(adapter_id: int, tokens: int, *weights: float, slots: SlotCounts | None = None) -> EngineCounts:
-    routers = {f"layers.{i}.mlp.up_proj": RouterCount(tokens, weights, 0.5 * tokens) for i in range(2)}
-    return EngineCounts({adapter_id: routers}, 3, slots or SlotCounts())
+from hydraserve.server.lifecycle.served import RequestScope, current_scope
 
 
 def test_requests_are_counted_by_adapter_and_outcome() -> None:
@@ -203,6 +129,190 @@ def test_running_and_waiting_requests() -> None:
         assert server.value("adapter_requests_waiting", adapter="a") == 0
 
     asyncio.run(scenario(Server()))
+
+
+def test_what_a_request_waits_for_before_the_engine_knows_of_it_counts() -> None:
+    server, scope = Server(), RequestScope()
+    token = current_scope.set(scope)
+    try:
+        scope.waited = 1.5
+        server.request("sql")
+    finally:
+        current_scope.reset(token)
+    assert server.value("adapter_time_to_first_token_seconds_sum", adapter="sql") == 2.0
+    assert server.value("adapter_request_duration_seconds_sum", adapter="sql") == 3.5
+    assert server.value("adapter_time_per_output_token_seconds_sum", adapter="sql") == 0.25
+
+
+def test_a_request_waits_while_its_adapter_is_read_and_may_end_there() -> None:
+    async def scenario(server: Server) -> None:
+        hooks = Hooks()
+        server.runtime.hooks = hooks  # type: ignore[assignment]
+        server.service.registered = {"sql", "broken"}
+        await server.start()
+        ready = server.engine_hooks().ready
+        reading = [asyncio.create_task(ready(name)) for name in ("sql", "sql", "broken", "unheard of")]
+        await asyncio.sleep(0)
+        await server.refresh()
+        assert server.waiting() == 3
+        reading[0].cancel()  # its client leaves
+        hooks.error = EngineError("adapter", "a full disk", "room")
+        hooks.gate.set()
+        await asyncio.gather(*reading, return_exceptions=True)
+        await server.refresh()
+        assert server.waiting() == 0
+
+    server = Server()
+    asyncio.run(scenario(server))
+    assert server.value("adapter_requests_total", adapter="sql", outcome="abort") == 1
+    assert server.value("adapter_requests_total", adapter="sql", outcome="error") == 1
+    assert server.value("adapter_requests_total", adapter="broken", outcome="error") == 1
+    assert server.value("adapter_request_duration_seconds_count", adapter="broken") == 1
+    assert server.adapters() == {"sql", "broken"}, "names that nobody registered make no series"
+
+
+def test_a_look_up_is_a_hit_or_a_miss_once_for_each_request() -> None:
+    async def scenario(server: Server) -> None:
+        hooks = Hooks()
+        hooks.gate.set()
+        server.runtime.hooks = hooks  # type: ignore[assignment]
+        for adapter_id, name in enumerate(("ready", "on disk")):
+            server.service.serve(name, adapter_id)
+        await server.start()
+        current_scope.set(RequestScope())
+        for name in ("ready", "ready", "on disk"):
+            await server.engine_hooks().ready(name)
+
+    server = Server()
+    asyncio.run(scenario(server))
+    assert (server.value("host_cache_hits_total"), server.value("host_cache_misses_total")) == (1, 1)
+
+
+def test_adapters_of_the_start_have_series_before_their_first_request() -> None:
+    async def scenario(server: Server) -> None:
+        await server.runtime.load(1, "path", "digest")
+        server.service.serve("sql", 1)
+        server.service.held = Residency({1: 100}, (None, None), 0, 0, 0, 0)
+        await server.start()
+        await server.refresh()
+
+    server = Server()
+    asyncio.run(scenario(server))
+    assert server.value("adapter_loads_total", adapter="sql", place="host") == 1
+    assert server.value("adapter_state", adapter="sql", state="host") == 1
+    assert server.value("adapter_bytes", adapter="sql") == 100
+    assert server.adapters() == {"sql"}
+
+
+def test_an_adapter_that_comes_and_goes_between_scrapes_has_its_own_series() -> None:
+    async def scenario(server: Server) -> None:
+        hooks = Hooks()
+        hooks.gate.set()
+        server.runtime.hooks = hooks  # type: ignore[assignment]
+        await server.start()
+        await server.runtime.load(1, "path", "digest")
+        server.service.serve("brief", 1)
+        await server.engine_hooks().ready("brief")
+        server.request("brief")
+        del server.service.current["brief"]
+        await server.runtime.unload(1)
+        server.engine.counts = [counted(1, 10, 10, 0)]
+        await server.refresh()
+
+    server = Server()
+    asyncio.run(scenario(server))
+    assert server.value("router_tokens_total", adapter="brief", module="up_proj") == 20
+    assert server.value("adapter_loads_total", adapter="brief", place="host") == 1
+    assert server.value("adapter_evictions_total", adapter="brief", place="host") == 1
+
+
+@pytest.mark.parametrize("names", [("busy", "idle"), ("idle", "busy")])
+def test_of_two_names_of_one_content_the_one_with_a_label_is_shown(names: tuple[str, str]) -> None:
+    async def scenario(server: Server) -> None:
+        for name in names:
+            server.service.serve(name, 1)
+        for _ in range(3):
+            server.request("busy")
+        await server.start()
+        server.engine.counts = [counted(1, 10, 10, 0)]
+        await server.refresh()
+
+    server = Server(size=1)
+    asyncio.run(scenario(server))
+    assert server.value("router_tokens_total", adapter="busy", module="up_proj") == 20
+
+
+def test_slots_of_data_parallel_engines_are_added_up() -> None:
+    async def scenario(server: Server) -> None:
+        for adapter_id, name in enumerate("abc"):
+            server.service.serve(name, adapter_id)
+        server.service.held = Residency({0: 1, 1: 1}, (None, 0, 1, 0), 0, 0, 0, 0)  # two engines of two slots
+        await server.start()
+        await server.refresh()
+
+    server = Server()
+    asyncio.run(scenario(server))
+    assert (server.value("slots"), server.value("slots_used")) == (4, 3)
+    assert [server.value("adapter_state", adapter=name, state="slot") for name in "abc"] == [1, 1, 0]
+
+
+def test_a_collapse_ends_with_its_adapter() -> None:
+    async def scenario(server: Server) -> None:
+        server.service.serve("sql", 1)
+        server.request("sql")
+        await server.start()
+        server.engine.counts = [counted(1, 500, 500, 0)]
+        await server.refresh()
+        assert server.value("router_collapsed_ratio", adapter="sql") == 1
+        server.service.current.clear()
+        await server.refresh()
+        assert server.value("router_collapsed_ratio", adapter="sql") == 0
+
+    asyncio.run(scenario(Server()))
+
+
+SHARED = """
+import asyncio
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from fake_metrics import Server, counted
+
+async def scenario(server):
+    for adapter_id, name in enumerate("ab"):
+        server.service.serve(name, adapter_id)
+    server.request("a")
+    await server.start()
+    server.engine.in_flight = {"a@d1": (3, 1)}
+    server.engine.counts = [counted(0, 500, 500, 0)]
+    await server.refresh()
+    server.engine.in_flight = {}
+    for _ in range(5):
+        server.request("b")
+    await server.refresh()
+
+asyncio.run(scenario(Server(size=1)))
+merged = CollectorRegistry()
+MultiProcessCollector(merged)
+print(generate_latest(merged).decode())
+"""
+
+
+def test_gauges_of_a_label_that_is_given_up_fall_to_zero_where_processes_share_metrics(tmp_path: Path) -> None:
+    """prometheus_client chooses how it keeps values when it is imported, so in a process of its own."""
+    here = Path(__file__).parent
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join([str(here), *sys.path])
+    done = subprocess.run([sys.executable, "-c", SHARED], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    shown = {
+        sample.labels["adapter"]: sample.value
+        for family in text_string_to_metric_families(done.stdout)
+        for sample in family.samples
+        if sample.name == "hydraserve_adapter_requests_running"
+    }
+    assert shown["a"] == 0
+    assert 'hydraserve_router_collapsed_ratio{adapter="a"} 0.0' in done.stdout
+    assert 'hydraserve_adapter_requests_total{adapter="b",outcome="stop"}' in done.stdout
 
 
 def test_an_adapter_that_loses_its_label_loses_its_series() -> None:

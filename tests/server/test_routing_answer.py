@@ -12,8 +12,17 @@ from safetensors.numpy import load
 
 from hydraserve.adapters.observation import RoutingTrace
 from hydraserve.errors import InvalidRequestError
-from hydraserve.server.routing_answer import MAX_JSON_NUMBERS, Generated, RoutingAnswer, layer_of, select, token_texts
-from hydraserve.server.routing_schemas import RoutingRequest
+from hydraserve.server.routing_answer import (
+    MAX_BINARY_BYTES,
+    MAX_JSON_NUMBERS,
+    Generated,
+    RoutingAnswer,
+    check_size,
+    layer_of,
+    select,
+    token_texts,
+)
+from hydraserve.server.routing_schemas import RoutingFormat, RoutingRequest
 
 NAN = float("nan")
 ROUTERS = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.10.mlp.up_proj")
@@ -93,12 +102,15 @@ def test_layer_numbers_are_numbers() -> None:
     assert [layer_of(name) for name in (*ROUTERS, "lm_head")] == [0, 0, 10, -1]
 
 
-def test_json_is_refused_when_it_is_large() -> None:
-    tokens = MAX_JSON_NUMBERS // 8
-    answer().check_json()
-    large = Generated([0] * tokens, [0], [""] * (tokens + 1), "length")
+def test_large_answers_are_refused_by_form() -> None:
+    heads = (3, 2, 3)
+    check_size(RoutingFormat.JSON, MAX_JSON_NUMBERS // sum(heads), heads)
     with pytest.raises(InvalidRequestError, match="npz or safetensors"):
-        RoutingAnswer("sql", "id-1", large, trace()).check_json()
+        check_size(RoutingFormat.JSON, MAX_JSON_NUMBERS // sum(heads) + 1, heads)
+    most = MAX_BINARY_BYTES // (4 * len(heads) * max(heads))  # arrays are as wide as the widest router
+    check_size(RoutingFormat.NPZ, most, heads)
+    with pytest.raises(InvalidRequestError, match="fewer tokens, modules or layers"):
+        check_size(RoutingFormat.SAFETENSORS, most + 1, heads)
 
 
 def test_texts_of_tokens_make_up_the_text_whatever_splits_a_character() -> None:
@@ -111,6 +123,22 @@ def test_texts_of_tokens_make_up_the_text_whatever_splits_a_character() -> None:
     texts = token_texts(decode, ids)
     assert "".join(texts) == decode(ids)
     assert texts == ["a", "", "é", " ", "", "", "漢", "z", "\ufffd"]
+
+
+@pytest.mark.parametrize("errors", ["replace", "one sign a byte"])
+def test_the_sign_of_an_unknown_character_is_a_text_of_its_own(errors: str) -> None:
+    """It may stand in the text itself; and bytes that no other byte completes are given to their own token."""
+    sign = "\ufffd".encode()
+    pieces = [sign, sign, b"a", sign, *(bytes([b]) for b in "漢".encode()), b"\xe6", b"b", *[sign] * 6, b"c"]
+
+    def decode(ids: list[int]) -> str:
+        text = b"".join(pieces[i] for i in ids).decode(errors="surrogateescape")
+        if errors == "replace":
+            return b"".join(pieces[i] for i in ids).decode(errors="replace")
+        return "".join("\ufffd" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+    texts = token_texts(decode, list(range(len(pieces))))
+    assert texts == ["\ufffd", "\ufffd", "a", "\ufffd", "", "", "漢", "\ufffd", "b", *["\ufffd"] * 6, "c"]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Front:
             return
         use = next(self._uses)
         try:
-            with discreet(model):
+            with discreet(model), scope.waiting():
                 found = await self.link.call("look_up", use, model)
         except BaseException:
             self.link.tell("end", use, False)

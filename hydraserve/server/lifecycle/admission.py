@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from hydraserve.server.lifecycle.served import ServedAdapter, current_scope, discreet, may_see
@@ -22,7 +22,8 @@ class Admission:
     async def ready(self, model: str) -> None:
         """Have the adapter read, if this is the name of one that was not, so that its name can be looked up."""
         if may_see(model):
-            with discreet(model):
+            scope = current_scope.get()
+            with discreet(model), scope.waiting() if scope is not None else nullcontext():
                 await self._service.ready(model)
 
     def admit(self, adapter_id: int, adapter: str, request_id: str) -> AbstractAsyncContextManager[None]:

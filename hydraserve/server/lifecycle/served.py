@@ -166,12 +166,16 @@ class RequestScope:
 
     told_all: whether its sender may know what concerns others: where adapters come from, and how they are used.
     found:    name -> what another process said that it stands for, see `server.api_servers`.
+    waited:   seconds that its adapter took to be read and loaded, before the engine knew of the request.
+    counted:  names whose look-up is in the metrics.
     """
 
     principal: Principal = ANONYMOUS
     told_all: bool = True
     adapter: Kept | None = None
     found: dict[str, Any] = field(default_factory=dict)
+    waited: float = 0.0
+    counted: set[str] = field(default_factory=set)
     _held: list[Kept] = field(default_factory=list)
 
     def use(self, adapter: ServedAdapter) -> None:
@@ -184,6 +188,15 @@ class RequestScope:
         """Remember what a name stands for, which is held already, until the request ends."""
         self.found[name] = found
         self._held.append(found)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the request waits for before the engine knows of it."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - began
 
     def end(self) -> None:
         """Let go of what the request used."""

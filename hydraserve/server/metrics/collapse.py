@@ -23,18 +23,23 @@ class CollapseWindows:
     def __init__(self) -> None:
         self._windows: dict[int, dict[str, npt.NDArray[np.float64]]] = {}
 
-    def add(self, adapter_id: int, routers: Mapping[str, RouterCount]) -> float | None:
-        """Take new counts in; the share of collapsed routers, None while too little is known."""
+    def add(self, adapter_id: int, routers: Mapping[str, RouterCount]) -> None:
+        """Take new counts in."""
         window = self._windows.setdefault(adapter_id, {})
         for router, count in routers.items():
             weights = np.array(count.weights)
             window[router] = window[router] + weights if router in window else weights
             while window[router].sum() > WINDOW_TOKENS:
                 window[router] = window[router] / 2
-        known = [weights for weights in window.values() if weights.sum() >= MIN_TOKENS]
-        if not known:
-            return None
-        return sum(bool(weights.max() > COLLAPSED_SHARE * weights.sum()) for weights in known) / len(known)
+
+    def shares(self) -> dict[int, float]:
+        """The share of collapsed routers, of each adapter that enough is known of."""
+        known = {i: [w for w in window.values() if w.sum() >= MIN_TOKENS] for i, window in self._windows.items()}
+        return {
+            i: sum(bool(w.max() > COLLAPSED_SHARE * w.sum()) for w in windows) / len(windows)
+            for i, windows in known.items()
+            if windows
+        }
 
     def keep(self, adapter_ids: Container[int]) -> None:
         """Forget all other adapters."""

@@ -15,7 +15,7 @@ _FOLDER = Path(__file__).parent.parent / "static"
 _FILES = {path.name: path for path in _FOLDER.iterdir() if path.suffix in (".html", ".css", ".js")}
 _HEADERS = {
     # Nothing but this server's own files and routes, and no other page around it.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

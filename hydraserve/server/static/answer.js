@@ -8,6 +8,8 @@ const ALL_MODULES = "";
 const LAYER_NUMBERS = 6;
 // Of the colour's full strength: a token whose heads are all alike, so that its leading head can still be seen.
 const FAINTEST = 0.25;
+// Colours span what an answer's weights span, but no less than this, so that noise does not look like a choice.
+const LEAST_SPAN = 0.02;
 
 export class Answer {
   /** onSelect(index): called when the user looks at another token. */
@@ -34,7 +36,10 @@ export class Answer {
     this.find(".facts").textContent = "generating…";
   }
 
+  /** What is shown of an earlier prompt would be taken for this one's. */
   fail(message) {
+    this.data = null;
+    this.find(".body").hidden = true;
     this.root.setAttribute("aria-busy", "false");
     this.find(".facts").textContent = "";
     this.say(message);
@@ -92,14 +97,28 @@ export class Answer {
       const weights = this.data.weightsOf(i);
       return weights && meanWeights(this.chosen.map((router) => weights[router]), heads);
     });
+    this.layers = [...new Set(routers.map((router) => router.layer))];
+    this.byLayer = this.layers.map((layer) => this.chosen.filter((i) => routers[i].layer === layer));
+    this.range = spanOf(tokens.flatMap((_, i) => this.columns(i).flatMap((column) => column ?? [])));
     this.drawTokens();
     this.drawUsage();
     this.select(this.selected);
   }
 
+  /** For each layer, the mean weights of the chosen routers for token `index`; null where there are none. */
+  columns(index) {
+    const weights = this.data.weightsOf(index);
+    return this.byLayer.map((own) =>
+      weights && own.length ? meanWeights(own.map((i) => weights[i]), this.data.heads) : null,
+    );
+  }
+
   drawTokens() {
     const equal = 1 / this.data.heads;
-    const furthest = Math.max(1e-6, ...this.means.flatMap((mean) => (mean ? [Math.max(...mean) - equal] : [])));
+    const leading = this.means.flatMap((mean) => (mean ? [Math.max(...mean)] : []));
+    const [, most] = spanOf([equal, ...leading]);
+    this.find(".token-scale").textContent =
+      `Pale: all heads alike. Full colour: the head has ${percent(most)}, the most in this answer.`;
     const nodes = this.data.tokens.map((token, i) => {
       const node = element("span", { className: "token", textContent: visible(token.text), tabIndex: -1 });
       node.classList.toggle("in-prompt", token.kind === "prompt");
@@ -109,7 +128,7 @@ export class Answer {
       const mean = this.means[i];
       if (mean) {
         const head = indexOfLargest(mean);
-        const strength = FAINTEST + (1 - FAINTEST) * ((mean[head] - equal) / furthest);
+        const strength = FAINTEST + (1 - FAINTEST) * ((mean[head] - equal) / (most - equal));
         node.style.setProperty("--head", headColour(head));
         node.style.setProperty("--strength", strength.toFixed(3));
         node.setAttribute("aria-label", `${token.text}: head ${head}, ${percent(mean[head])}`);
@@ -173,19 +192,16 @@ export class Answer {
   }
 
   drawHeat() {
-    const { routers, heads } = this.data;
-    const weights = this.data.weightsOf(this.selected);
-    const layers = [...new Set(routers.map((router) => router.layer))];
+    const { layers, range } = this;
+    const columns = this.columns(this.selected);
     const heat = this.find(".heat");
     heat.style.gridTemplateColumns = `auto repeat(${layers.length}, minmax(0, 1fr))`;
-    const columns = layers.map((layer) => {
-      const own = this.chosen.filter((i) => routers[i].layer === layer);
-      return weights && own.length ? meanWeights(own.map((i) => weights[i]), heads) : null;
-    });
-    const cells = Array.from({ length: heads }, (_, head) => [
+    const cells = Array.from({ length: this.data.heads }, (_, head) => [
       element("span", { className: "name", textContent: `head ${head}` }),
-      ...columns.map((column, i) => heatCell(head, layers[i], column?.[head] ?? null)),
+      ...columns.map((column, i) => heatCell(head, layers[i], column?.[head] ?? null, range)),
     ]);
+    this.find(".heat-scale").textContent =
+      `Grey is ${percent(range[0])} of a layer’s weight, full colour ${percent(range[1])}: this answer’s range.`;
     heat.replaceChildren(...cells.flat(), ...layerNumbers(layers));
     heat.setAttribute("aria-label", describe(layers, columns));
   }
@@ -225,11 +241,17 @@ function bar(head, share) {
   return element("td", {}, node);
 }
 
-function heatCell(head, layer, weight) {
+/** [least, most] of some shares, as far apart as colours can show. */
+function spanOf(shares) {
+  const [least, most] = shares.reduce(([low, high], share) => [Math.min(low, share), Math.max(high, share)], [1, 0]);
+  return [least, Math.max(most, least + LEAST_SPAN)];
+}
+
+function heatCell(head, layer, weight, [least, most]) {
   const title = `layer ${layer}, head ${head}: ${weight === null ? "no weights" : percent(weight)}`;
   const node = element("span", { className: "cell", title });
   node.style.setProperty("--head", headColour(head));
-  node.style.setProperty("--weight", weight === null ? "0" : weight.toFixed(3));
+  node.style.setProperty("--weight", weight === null ? "0" : ((weight - least) / (most - least)).toFixed(3));
   return node;
 }
 

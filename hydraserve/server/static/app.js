@@ -3,11 +3,15 @@
 import { listAdapters, route } from "./api.js";
 import { Answer } from "./answer.js";
 import { element } from "./heads.js";
-import { watchUsage } from "./usage.js";
+import { liveUsage, watchUsage } from "./usage.js";
 
 const byId = (id) => document.getElementById(id);
 const KEY = "hydraserve-api-key";
+const LIST_EVERY_MS = 10000;
+// The server takes 8 such requests at a time, from everybody.
+const AT_ONCE = 4;
 
+let listed = "";
 let answers = [];
 let usage = { adapters: null, note: "" };
 let running = null;
@@ -22,15 +26,35 @@ const chosen = () => [...document.querySelectorAll("#adapter-list input:checked"
 async function showAdapters() {
   try {
     const adapters = await listAdapters();
-    const before = new Set(chosen());
-    byId("adapter-list").replaceChildren(...adapters.map((adapter) => choice(adapter, before.has(adapter.name))));
+    drawAdapters(adapters);
     const first = document.querySelector("#adapter-list input:not(:disabled)");
     if (first && !chosen().length) first.checked = true;
     status(adapters.length ? "" : "This server has no adapters.");
   } catch (error) {
-    byId("adapter-list").replaceChildren();
+    drawAdapters([]);
     status(error.message, true);
   }
+}
+
+/** Show adapters that have come, and no longer those that have gone; when that cannot be found out, all as it was. */
+async function refreshAdapters() {
+  if (document.hidden || !listed) return;
+  try {
+    drawAdapters(await listAdapters());
+  } catch {
+    // The use of the heads says what is wrong.
+  }
+}
+
+/** Ticks and the focus stay. */
+function drawAdapters(adapters) {
+  const text = JSON.stringify(adapters);
+  if (text === listed) return;
+  listed = text;
+  const before = new Set(chosen());
+  const focused = document.activeElement.closest?.("#adapter-list") ? document.activeElement.value : null;
+  byId("adapter-list").replaceChildren(...adapters.map((adapter) => choice(adapter, before.has(adapter.name))));
+  if (focused !== null) document.querySelector(`#adapter-list input[value="${CSS.escape(focused)}"]`)?.focus();
 }
 
 function choice({ name, facts, routed }, isChecked) {
@@ -52,7 +76,7 @@ function selectEverywhere(index) {
 }
 
 function showLive() {
-  for (const answer of answers) answer.showLive(usage.adapters?.get(answer.adapter), usage.note);
+  for (const answer of answers) answer.showLive(...liveUsage(usage, answer.adapter));
 }
 
 async function generate(event) {
@@ -69,15 +93,26 @@ async function generate(event) {
   arrange(names);
   setBusy(true);
   status(names.length > 1 ? `Generating with ${names.length} adapters…` : "Generating…");
-  const done = await Promise.all(answers.map((answer) => ask(answer, request, controller.signal)));
+  for (const answer of answers) answer.wait();
+  const done = await all(answers, AT_ONCE, (answer) => ask(answer, request, controller.signal));
   if (running !== controller) return;
   setBusy(false);
   const failed = done.filter((ok) => !ok).length;
   status(controller.signal.aborted ? "Stopped." : failed ? `${failed} of ${done.length} failed.` : "Done.", failed > 0);
 }
 
+/** The results of work(item), of which at most `limit` are under way. */
+async function all(items, limit, work) {
+  const results = [];
+  const waiting = [...items.entries()];
+  const worker = async () => {
+    for (let next = waiting.shift(); next; next = waiting.shift()) results[next[0]] = await work(next[1]);
+  };
+  await Promise.all(Array.from({ length: limit }, worker));
+  return results;
+}
+
 async function ask(answer, request, signal) {
-  answer.wait();
   try {
     answer.show(await route(answer.adapter, request, signal));
     return true;
@@ -103,6 +138,8 @@ byId("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 });
 showAdapters();
+setInterval(refreshAdapters, LIST_EVERY_MS);
+window.addEventListener("focus", refreshAdapters);
 watchUsage((adapters, note) => {
   usage = { adapters, note };
   showLive();

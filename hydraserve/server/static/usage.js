@@ -3,6 +3,8 @@
 import { metrics } from "./api.js";
 
 const EVERY_MS = 3000;
+// Adapters whose names are labels of the server's own get an underscore there.
+const TAKEN = ["base", "other"];
 const WEIGHT = /^hydraserve_router_weight_total\{(.*)\} (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
 
@@ -31,6 +33,13 @@ export function headShares(modules, wanted) {
   }
   const total = sums.reduce((sum, weight) => sum + weight, 0);
   return total ? sums.map((weight) => weight / total) : null;
+}
+
+/** [modules of one adapter as `parseUsage` gives them, or undefined; why there are none]. */
+export function liveUsage({ adapters, note }, adapter) {
+  const own = adapters?.get(TAKEN.includes(adapter) ? `${adapter}_` : adapter);
+  const missing = "No counts of this adapter: it is new, or one of those that share “other” (--metrics-adapters).";
+  return [own, note || (own ? "" : missing)];
 }
 
 /** Calls show(usage, problem) now and again: usage as parseUsage gives it, or null and why not. */
