@@ -11,19 +11,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# What starts engines that no other file uses, and does not measure how long these take.
+OWN_ENGINES = tuple(
+    f"tests/e2e/test_{name}_e2e.py" for name in ("bases", "inspector", "multinode", "parallel", "replicas")
+)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Which tests several processes (pytest -n) do not divide: those of one file, and all that start engines, which
-    share servers and measure times, but for those of engines of several ranks, which do neither and take long. Not
-    xdist's own groups: those of xdist 3.8 do nothing under pytest 9.2."""
+    share servers and measure times, in two parts. Not xdist's own groups: those of xdist 3.8 do nothing under pytest
+    9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if file in ("tests/e2e/test_parallel_e2e.py", "tests/e2e/test_multinode_e2e.py"):
-                return "ranks"
-            return "engines" if file.startswith(("tests/e2e/", "tests/deploy/")) else file
+            if file.startswith((*OWN_ENGINES, "tests/deploy/")):
+                return "own engines"
+            return "engines" if file.startswith("tests/e2e/") else file
 
     return Scheduler(config, log)
 
