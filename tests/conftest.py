@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What starts engines that no other file uses, and does not measure how long these take.
 OWN_ENGINES = tuple(
-    f"tests/e2e/test_{name}_e2e.py" for name in ("bases", "inspector", "multinode", "parallel", "replicas")
+    f"tests/e2e/test_{name}_e2e.py" for name in ("bases", "inspector", "multinode", "parallel", "plan", "replicas")
 )
 
 
