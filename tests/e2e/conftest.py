@@ -50,10 +50,13 @@ def server(
     oracle: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    """One float32 server on the demo base: all synthetic adapters, and the authors' own under the name "oracle"."""
+    """One float32 server on the demo base: all synthetic adapters, and the authors' own under the name "oracle".
+
+    Not compiled, which takes a minute and more: test_parallel_e2e compares a compiled model with one that is not.
+    """
     adapters = [f"{name}={path}" for name, path in synthetic_adapters.items()]
     adapters.append(f"oracle={oracle / 'adapters' / 'mlp_r2_e2'}")
-    arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32"]
+    arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"]
     arguments += [part for adapter in adapters for part in ("--adapter", adapter)]
     arguments += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-logprobs", "20", "--enable-prefix-caching"]
     arguments += ["--max-rank", "16", "--max-heads", "4"]  # for the adapters that tests load

@@ -1,4 +1,7 @@
-"""Tensor, pipeline and data parallel, with adapters on all modules: the tokens, counts and traces of one process."""
+"""Tensor, pipeline and data parallel, with adapters on all modules: the tokens, counts and traces of one process.
+
+That one process runs the model compiled, as is the default, the others do not: what both compute is the same, too.
+"""
 
 from __future__ import annotations
 
@@ -97,17 +100,8 @@ def traced(url: str, adapter: str) -> dict[str, list[float]]:
 def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str], log: Path) -> Found:
     """What a server started with `flags` answers, counts and traces."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *flags]
-    arguments += [
-        "--allow-source",
-        str(adapters),
-        "--enforce-eager",
-        "--max-model-len",
-        "128",
-        "--max-num-seqs",
-        "8",
-        "--router-metrics",
-        "on",
-    ]
+    arguments += ["--max-model-len", "128", "--max-num-seqs", "8", "--router-metrics", "on"]
+    arguments += ["--allow-source", str(adapters)]
     for name in (*ADAPTERS, SHARED):
         arguments += ["--adapter", f"{name}={adapters / name}"]
     with ServerProcess(arguments, log, {**ENV, **env}) as server:
@@ -164,7 +158,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Found, tmp_path: Path) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    two = found(tiny_llama, adapters, KINDS[kind], env, tmp_path / "log")
+    two = found(tiny_llama, adapters, ["--enforce-eager", *KINDS[kind]], env, tmp_path / "log")
     assert two.tokens == single.tokens
     assert two.routers == pytest.approx(single.routers, rel=1e-4), "nothing is counted twice, and nothing is left out"
     assert two.loaded == pytest.approx(single.loaded, rel=1e-4), "nor of an adapter that came later"
