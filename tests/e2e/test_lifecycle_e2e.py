@@ -386,5 +386,5 @@ def test_more_adapters_than_slots_wait_about_equally(
     everything = [wait for times in waits.values() for wait in times]
     longest, mean = max(everything), statistics.mean(everything)
     print(f"{len(everything)} requests, longest {longest:.2f} s, mean {mean:.2f} s")
-    assert longest < 6.0, f"longest {longest:.2f} s, mean {mean:.2f} s"
+    assert longest < min(6.0, 4 * mean), f"longest {longest:.2f} s, mean {mean:.2f} s"
     assert all(len(times) >= 2 for times in waits.values())
