@@ -12,6 +12,8 @@ from select import select
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from hydraserve.config import debug
 from hydraserve.errors import MissingSymbolError, VersionError
 
@@ -32,6 +34,7 @@ def apply() -> None:
     _use_our_punica_wrapper()
     _compile_with_adapters_on_cpu()
     _make_pipeline_buffers_on_cpu()
+    _know_where_quantised_layers_are_on_cpu()
     _sleep_while_waiting_on_cpu()
     _end_engine_processes_quietly()
     _admit_requests_through_hooks()
@@ -156,6 +159,26 @@ def _make_pipeline_buffers_on_cpu() -> None:
             )
 
     runner.load_model = load_model
+
+
+def _know_where_quantised_layers_are_on_cpu() -> None:
+    """Cause: where a layer with an adapter is, is read off its weight, which the CPU kernels for 8 bits set to None
+    when they have packed it: the engine's start fails on such a base as soon as LoRA is on.
+
+    Remove when: `_get_lora_device` takes a layer whose weight is None.
+    """
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if not platform.is_cpu():
+        return
+    base_linear = importlib.import_module("vllm.lora.layers.base_linear")
+    original = _symbol(base_linear, "_get_lora_device")
+
+    @wraps(original)
+    def device_of(layer: Any) -> torch.device:
+        packed = getattr(layer, "weight", layer) is None
+        return torch.device(platform.device_type) if packed else original(layer)
+
+    base_linear._get_lora_device = device_of  # type: ignore[attr-defined]
 
 
 def _sleep_while_waiting_on_cpu() -> None:
