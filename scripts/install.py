@@ -2,9 +2,9 @@
 
     python3 scripts/install.py [--variant auto|cpu|cuda] serve|dev
 
-`serve` is what serving needs, `dev` adds tests, linters and training, and in a container run by root the
-programs of SYSTEM that tests start (SYSTEM_PACKAGES=no leaves them out). When nothing changed since the last time
-this returns at once. Only the standard library is used: it runs before anything is installed.
+`serve` is what serving needs, `dev` adds tests, linters and training, and with SYSTEM_PACKAGES=yes, in a container run
+by root, the programs of SYSTEM that some tests start. When nothing changed since the last time this returns at once.
+Only the standard library is used: it runs before anything is installed.
 """
 
 import sys
@@ -64,6 +64,8 @@ def main() -> int:
     args = parser.parse_args()
     variant = args.variant if args.variant != "auto" else detect_variant()
     wanted = fingerprint(variant, args.profile)
+    if args.profile == "dev":
+        install_system(missing_packages())
     if read_stamp().get(args.profile) == wanted:
         return 0
     with only_one():
@@ -127,8 +129,6 @@ def install(variant: str, profile: str, stamp: dict[str, str]) -> None:
     pip("install", "--no-deps", *(f"--requirement={lock}" for lock in locks))
     pip("install", "--no-deps", "--no-build-isolation", f"--editable={ROOT}")
     done = {"serve", profile}
-    if profile == "dev":
-        install_system(missing_packages())
     fingerprints = {name: fingerprint(variant, name) for name in done}
     STAMP.write_text(json.dumps({"variant": variant, **fingerprints}, indent=1))
     say("done")
@@ -165,9 +165,9 @@ def install_torch(variant: str, lock: Path) -> None:
 
 
 def missing_packages() -> list[str]:
-    """Debian's packages that tests want and this machine lacks. None where they are not ours to install: we are not
-    root, it is no Debian, it is a machine that runs services and no container, or SYSTEM_PACKAGES=no."""
-    if os.environ.get("SYSTEM_PACKAGES") == "no" or os.geteuid() != 0 or SYSTEMD.exists():
+    """Debian's packages that tests want and this machine lacks. None where they are not ours to install: nobody asked
+    for it, we are not root, it is no Debian, or it is a machine that runs services and no container."""
+    if os.environ.get("SYSTEM_PACKAGES") != "yes" or os.geteuid() != 0 or SYSTEMD.exists():
         return []
     if shutil.which("apt-get") is None:
         return []
@@ -178,7 +178,7 @@ def install_system(packages: list[str]) -> None:
     """Without them tests are skipped, and say so: nothing that makes an installation fail."""
     if not packages:
         return
-    say(f"installing Debian's packages {' '.join(packages)}, which tests start (SYSTEM_PACKAGES=no leaves them out)")
+    say(f"installing Debian's packages {' '.join(packages)}, which tests start")
     apt_get("update")
     done = apt_get("install", "--yes", "--no-install-recommends", *packages)
     if done.returncode != 0:

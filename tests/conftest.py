@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # What starts engines that no other file uses, and does not measure how long these take.
-OWN_ENGINES = tuple(
-    f"tests/e2e/test_{name}_e2e.py" for name in ("bases", "inspector", "multinode", "parallel", "plan", "replicas")
+OWN_ENGINES = (
+    "tests/deploy/test_image_entry_point.py",
+    *(f"tests/e2e/test_{name}_e2e.py" for name in ("bases", "multinode", "parallel", "plan")),
 )
 
 
@@ -27,7 +28,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if file.startswith((*OWN_ENGINES, "tests/deploy/")):
+            if file in OWN_ENGINES:
                 return "own engines"
             return "engines" if file.startswith("tests/e2e/") else file
 

@@ -25,6 +25,7 @@ from hydraserve.models import base_shapes
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"hydra-r4-e3": (4, 3), "hydra-r8-e2": (8, 2), "plain-r4": (4, 1)}
 SHARED = "shared-router"  # of gate, up and down: the logits that down takes are not reduced over ranks, its z is
+LATE = {"late-r8-e2": (8, 2), "late-plain": (4, 1), "late-r4-e3": (4, 3)}  # what "late" is, one after the other
 ROUTED = ("hydra-r4-e3", "hydra-r8-e2")
 LAYERS, PROMPT, GENERATED = 2, 6, 20
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -36,11 +37,12 @@ Greedy = Callable[[str], list[int]]  # model -> the tokens that it answers
 class Found:
     """tokens: greedy ones of every model. routers: each router series' labels -> its value, after these requests.
     traced: adapter -> layers and modules that POST /v1/routing shows for it, each with its mean weights.
-    loaded: router series of an adapter that came while the server ran, whose tokens were right until it went."""
+    late: what an adapter that came and went while the server ran was -> its tokens. loaded: its router series."""
 
     tokens: Mapping[str, list[int]]
     routers: Mapping[str, float]
     traced: Mapping[str, Mapping[str, list[float]]]
+    late: Mapping[str, list[int]]
     loaded: Mapping[str, float]
 
 
@@ -62,29 +64,33 @@ def wait_for_counts(url: str, adapter: str, requests: int) -> dict[str, float]:
     return router_series(url)
 
 
-def come_and_go(url: str, adapters: Path, tokens: Mapping[str, list[int]], greedy: Greedy) -> dict[str, float]:
-    """Load, replace, unload and load an adapter anew, in a place that others have as well: on every rank it is what it
-    was last said to be. Its router series after the first of these."""
-    client = AdapterClient(url)
+def come_and_go(
+    url: str, adapters: Path, tokens: Mapping[str, list[int]], greedy: Greedy
+) -> tuple[dict[str, list[int]], dict[str, float]]:
+    """Load, replace, unload and load an adapter anew, in a place that others have as well; the tokens of each of these,
+    and the router series after the first."""
+    client, late = AdapterClient(url), {}
 
-    def answers_as(model: str) -> None:
+    def ask(source: str) -> None:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            assert list(pool.map(greedy, ["late"] * AT_ONCE)) == [tokens[model]] * AT_ONCE, model
+            late[source], *others = pool.map(greedy, ["late"] * AT_ONCE)
+        assert others == [late[source]] * (AT_ONCE - 1), source
 
-    client.add("late", adapters / "hydra-r8-e2")
-    answers_as("hydra-r8-e2")
+    first, second, third = LATE
+    client.add("late", adapters / first)
+    ask(first)
     counted = wait_for_counts(url, "late", AT_ONCE)
-    client.replace("late", adapters / "plain-r4")
-    answers_as("plain-r4")
+    client.replace("late", adapters / second)
+    ask(second)
     client.remove("late")
     assert client.complete("late", [5], 1).status == 404
-    client.add("late", adapters / "hydra-r4-e3")
-    answers_as("hydra-r4-e3")
+    client.add("late", adapters / third)
+    ask(third)
     assert "late" in client.list()["residency"]["slots"]
     client.remove("late")
     assert "late" not in client.list()["residency"]["slots"]
     assert {model: greedy(model) for model in tokens} == tokens, "and the others are as they were"
-    return {name: value for name, value in counted.items() if "'late'" in name}
+    return late, {name: value for name, value in counted.items() if "'late'" in name}
 
 
 def traced(url: str, adapter: str) -> dict[str, list[float]]:
@@ -122,26 +128,26 @@ def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str
             tokens = dict(zip(models, pool.map(greedy, models), strict=True))
         routers = wait_for_counts(server.url, "hydra-r4-e3", 1)
         traces = {name: traced(server.url, name) for name in ROUTED}
-        return Found(tokens, routers, traces, come_and_go(server.url, adapters, tokens, greedy))
+        return Found(tokens, routers, traces, *come_and_go(server.url, adapters, tokens, greedy))
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-adapters")
     shapes = base_shapes(str(tiny_llama))
-    for seed, (name, (rank, heads)) in enumerate(ADAPTERS.items()):
+    for seed, (name, (rank, heads)) in enumerate((ADAPTERS | LATE).items()):
         save_adapter(make_adapter(shapes, TARGETS, rank, heads, seed=seed), folder / name)
-    shared_routers(shapes, dense=True, seed=3).write(folder / SHARED)
+    shared_routers(shapes, dense=True, seed=9).write(folder / SHARED)
     return folder
 
 
 @pytest.fixture(scope="module")
 def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     one = found(tiny_llama, adapters, [], {}, tmp_path_factory.mktemp("single") / "log")
-    assert len({tuple(tokens) for tokens in one.tokens.values()}) == len(one.tokens), "every adapter changes the tokens"
     routed = [value for name, value in one.routers.items() if "router_tokens" in name]
     series = len(TARGETS) * len(ROUTED) + 2  # of the shared routers, those of gate and up: down has none
     assert routed == [LAYERS * (PROMPT + GENERATED - 1)] * series
+    assert len({tuple(tokens) for tokens in (*one.tokens.values(), *one.late.values())}) == len(one.tokens) + len(LATE)
     loaded = [value for name, value in one.loaded.items() if "router_tokens" in name]
     assert loaded == [LAYERS * (PROMPT + GENERATED - 1) * AT_ONCE] * len(TARGETS)
     return one
@@ -159,7 +165,7 @@ KINDS = {
 def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Found, tmp_path: Path) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     two = found(tiny_llama, adapters, ["--enforce-eager", *KINDS[kind]], env, tmp_path / "log")
-    assert two.tokens == single.tokens
+    assert (two.tokens, two.late) == (single.tokens, single.late)
     assert two.routers == pytest.approx(single.routers, rel=1e-4), "nothing is counted twice, and nothing is left out"
     assert two.loaded == pytest.approx(single.loaded, rel=1e-4), "nor of an adapter that came later"
     for adapter, routers in single.traced.items():
