@@ -153,14 +153,26 @@ def test_a_client_that_leaves_and_requests_for_the_base_model(adapters: AdapterC
     wait_until(adapters, "hydraserve_adapter_requests_total", requests + 1, adapter="base")
 
 
+def settled_look_ups(adapters: AdapterClient) -> tuple[float, float]:
+    """Hits and misses of slots, when they have stayed for longer than the server keeps what its engine said."""
+    seen: list[tuple[float, tuple[float, float]]] = []
+
+    def stays() -> bool:
+        found = scrape(adapters)
+        counts = found.value("hydraserve_slot_hits_total"), found.value("hydraserve_slot_misses_total")
+        if not seen or seen[-1][1] != counts:
+            seen.append((time.monotonic(), counts))
+        return time.monotonic() - seen[-1][0] > 2.5
+
+    wait_for(stays, "the slots' counts to stay")
+    return seen[-1][1]
+
+
 def test_an_adapter_hits_its_slot_once_a_request_and_not_once_a_step(adapters: AdapterClient) -> None:
     assert adapters.complete("oracle", [3, 4, 5], 2).status == 200
-    before = scrape(adapters)
-    slots = "hydraserve_slot_hits_total", "hydraserve_slot_misses_total"
-    routed = before.value("hydraserve_router_tokens_total", adapter="oracle", module="up_proj") + 22 * LAYERS
+    hits, misses = settled_look_ups(adapters)
     assert adapters.complete("oracle", [3, 4, 6], 20, cache_salt="anew").status == 200
-    now = wait_until(adapters, "hydraserve_router_tokens_total", routed, adapter="oracle", module="up_proj")
-    assert [now.value(name) - before.value(name) for name in slots] == [1, 0]
+    assert settled_look_ups(adapters) == (hits + 1, misses)
 
 
 def test_waiting_for_the_adapter_counts(adapters: AdapterClient) -> None:

@@ -28,7 +28,8 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 ADAPTERS, SLOTS, REQUESTS = 12, 4, 150
 PROMPT = (5, 6, 7)
 
-needs_nginx = pytest.mark.skipif(
+# Also for what does not go through nginx: two servers take minutes to start beside other tests.
+pytestmark = pytest.mark.skipif(
     shutil.which("nginx") is None or not MODULE.exists(),
     reason="needs Debian's packages nginx-light and libnginx-mod-http-js",
 )
@@ -111,7 +112,6 @@ def hit_rate(url: str, replicas: list[ServerProcess], names: list[str]) -> float
     return 1 - misses / REQUESTS
 
 
-@needs_nginx
 def test_affinity_keeps_adapters_in_their_slots(
     replicas: list[ServerProcess], names: list[str], tmp_path: Path
 ) -> None:
@@ -125,7 +125,6 @@ def test_affinity_keeps_adapters_in_their_slots(
     assert by_model > in_turn + 0.15
 
 
-@needs_nginx
 def test_streams_pass_the_proxy_piece_by_piece(replicas: list[ServerProcess], names: list[str], tmp_path: Path) -> None:
     with proxy(tmp_path / "nginx", replicas, by_model=True) as url:
         body, begun = completion(names[0], PROMPT, 2000, stream=True), time.monotonic()
@@ -168,7 +167,6 @@ def test_what_gateways_read(replicas: list[ServerProcess], names: list[str]) -> 
     wait_for(lambda: lora_requests_info(replica) == nobody, "idle again")
 
 
-@needs_nginx
 def test_a_replica_that_ends_gives_its_adapters_to_the_other(
     replicas: list[ServerProcess], names: list[str], tmp_path: Path
 ) -> None:
