@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_runtime import FakeRuntime, MakeService
+from fake_runtime import FakeRuntime, MakeService, Run, Test
 
 from hydraserve.adapters.ingest import Ingester
 from hydraserve.adapters.registry import Registry
@@ -55,3 +55,20 @@ def make_service(store: AdapterStore, ingester: Ingester, tmp_path: Path) -> Mak
         return AdapterService(runtime, Registry(), reader, cache, runtime.slots, taken=["base"])
 
     return make
+
+
+@pytest.fixture
+def run(make_service: MakeService, versions: list[Path]) -> Run:
+    """Run a test with a service of 2 slots and 3 places in host memory, which no request holds at the end."""
+
+    def run(test: Test) -> None:
+        async def whole() -> None:
+            runtime = FakeRuntime(slots=2, host_adapters=3)
+            service = make_service(runtime, versions[0].parent)
+            await test(service, runtime)
+            assert service.turnstile.active == 0
+            await service.close()
+
+        asyncio.run(asyncio.wait_for(whole(), 60))
+
+    return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class FakeRuntime:
 
 # Of the fixture `make_service`: an engine, and the folder that adapters may come from.
 MakeService = Callable[[FakeRuntime, Path], AdapterService]
+Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
+Run = Callable[[Test], None]
 
 
 def stored(name: str) -> StoredAdapter:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from select import select
 
 import pytest
-from fake_runtime import FakeRuntime, MakeService
+from fake_runtime import FakeRuntime, Run
 
 from hydraserve.adapters.sources import Progress
 from hydraserve.errors import AdapterConflictError, UnknownAdapterError
@@ -16,26 +15,6 @@ from hydraserve.server.lifecycle.admission import Admission
 from hydraserve.server.lifecycle.reader import AdapterReader
 from hydraserve.server.lifecycle.served import ServedAdapter
 from hydraserve.server.lifecycle.service import AdapterService
-
-Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
-Run = Callable[[Test], None]
-
-
-@pytest.fixture
-def run(make_service: MakeService, versions: list[Path]) -> Run:
-    """Run a test with a service of 2 slots and 3 places in host memory."""
-
-    def run(test: Test) -> None:
-        async def whole() -> None:
-            runtime = FakeRuntime(slots=2, host_adapters=3)
-            service = make_service(runtime, versions[0].parent)
-            await test(service, runtime)
-            assert service.turnstile.active == 0
-            await service.close()
-
-        asyncio.run(asyncio.wait_for(whole(), 60))
-
-    return run
 
 
 class Request:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from fake_runtime import FakeRuntime, MakeService, stored
+from fake_runtime import FakeRuntime, Run, stored
 
 from hydraserve.adapters.checkpoint import load_adapter
 from hydraserve.adapters.compose import Recipe
@@ -31,25 +31,6 @@ from hydraserve.server.lifecycle.admission import Admission
 from hydraserve.server.lifecycle.served import RequestScope, VisibleAdapters, current_scope, label_of
 from hydraserve.server.lifecycle.service import AdapterService
 from hydraserve.server.schemas import CONCERN_OTHERS
-
-Test = Callable[[AdapterService, FakeRuntime], Awaitable[None]]
-Run = Callable[[Test], None]
-
-
-@pytest.fixture
-def run(make_service: MakeService, versions: list[Path]) -> Run:
-    """Run a test with a service of 2 slots and 3 places in host memory."""
-
-    def run(test: Test) -> None:
-        async def whole() -> None:
-            runtime = FakeRuntime(slots=2, host_adapters=3)
-            service = make_service(runtime, versions[0].parent)
-            await test(service, runtime)
-            await service.close()
-
-        asyncio.run(asyncio.wait_for(whole(), 60))
-
-    return run
 
 
 def digest(path: Path) -> str:
