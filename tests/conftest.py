@@ -11,18 +11,32 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# What starts engines that no other file uses, and does not measure how long these take.
+# What starts engines that no other file uses.
 OWN_ENGINES = (
     "tests/deploy/test_image_entry_point.py",
-    *(f"tests/e2e/test_{name}_e2e.py" for name in ("bases", "multinode", "parallel", "plan")),
+    *(
+        f"tests/e2e/test_{name}_e2e.py"
+        for name in ("api_servers", "bases", "lifecycle", "parallel", "plan", "replicas", "security", "sources")
+    ),
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also the tests that are marked as long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes a minute or more: make test ARGS=--long"))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests several processes (pytest -n) do not divide: those of one file, and all that start engines, which
-    share servers and measure times, in two parts. Not xdist's own groups: those of xdist 3.8 do nothing under pytest
-    9.2."""
+    """Which tests several processes (pytest -n) do not divide: those of one file, and all that start engines, in two
+    parts: those that share servers, and those with engines of their own. Not xdist's own groups: those of xdist 3.8 do
+    nothing under pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):

@@ -126,6 +126,7 @@ def contained(tiny_llama: Path, tmp_path: Path) -> Iterator[ServerProcess]:
         server.stop()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not is_permitted(), reason="needs Debian's package bubblewrap, and user namespaces")
 def test_the_entry_point_serves_without_rights_on_a_read_only_file_system(contained: ServerProcess) -> None:
     assert httpx.get(f"{contained.url}/ready").json() == {"status": "ready"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 from adapter_client import write_adapters
+from engines import ENGINE_ENV
 from source_servers import FileHandler, serving
 
 from hydraserve.adapters.save import save_adapter
@@ -28,9 +29,6 @@ SYNTHETIC = {
 }
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
-
-# Two cores, small KV cache: what the test machine has. Two threads for one engine.
-ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session")

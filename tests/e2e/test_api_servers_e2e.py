@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from adapter_client import AdapterClient, Answer, answer_of, completion, wait_for
+from engines import one_process_engine
 from stream import Stream
 
 from hydraserve.bench.process import ServerProcess
@@ -21,7 +22,6 @@ PROMPT = range(5, 45)
 LAYERS = 2
 LONGEST = 16384
 CONNECTIONS = 12
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def server(
     arguments += ["--max-rank", "8", "--max-heads", "4", "--router-metrics", "on", "--no-enable-prefix-caching"]
     arguments += ["--api-server-count", "2", "--allow-source", str(tiny_adapters[0].parent)]
     arguments += ["--adapter", f"first={tiny_adapters[0]}"]
-    with ServerProcess(arguments, tmp_path_factory.mktemp("two-processes") / "server.log", ENV) as process:
+    with one_process_engine(arguments, tmp_path_factory.mktemp("two-processes") / "server.log") as process:
         yield process
 
 

@@ -14,12 +14,12 @@ from statistics import mean
 import openai
 import pytest
 import torch
+from engines import one_process_engine
 from safetensors.torch import load_file, save_file
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from hydraserve.adapters.save import save_adapter
 from hydraserve.adapters.synthetic import make_adapter
-from hydraserve.bench.process import ServerProcess
 from hydraserve.bench.reference import PerHeadModel
 from hydraserve.models import base_shapes
 
@@ -29,7 +29,6 @@ PROMPTS = [[(7 * i + 3 * shift) % 400 + 20 for i in range(50 + shift)] for shift
 TOKENS = 8
 # Nats, from the same formula in float32: 0.04 were found, and these random layers amplify each rounding.
 FLOAT16_LIMIT = 0.1
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def served(base: Path, shapes: Mapping[str, tuple[int, int]], folder: Path, *fla
             make_adapter({k: v for k, v in shapes.items() if k != "lm_head"}, None, rank, heads, seed), adapters[name]
         )
         arguments += ["--adapter", f"{name}={adapters[name]}"]
-    with ServerProcess([*arguments, *flags], folder / "log", ENV) as process:
+    with one_process_engine([*arguments, *flags], folder / "log") as process:
         yield Served(base, adapters, openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", timeout=120))
 
 
@@ -113,6 +112,7 @@ def tiny_phi3(tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_fused_projections_in_float16_with_prompts_in_chunks(
     tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -160,6 +160,7 @@ def quantised(source: Path, folder: Path) -> tuple[Path, Path]:
     return folder / "int8", folder / "float"
 
 
+@pytest.mark.long
 def test_a_quantised_base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("quantised")
     base, reference = quantised(tiny_llama, folder)

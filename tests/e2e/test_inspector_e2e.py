@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from adapter_client import wait_for
+from engines import one_process_engine
 from webdriver import CHROMIUM, DRIVER, Browser
 
 from hydraserve.adapters.save import save_adapter
@@ -19,10 +20,13 @@ from hydraserve.bench.process import ServerProcess
 from hydraserve.models import base_shapes
 from hydraserve.server.routes.routing import MAX_TRACES
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="no Chromium with its driver; Debian has them in: apt-get install chromium chromium-driver",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None,
+        reason="no Chromium with its driver; Debian has them in: apt-get install chromium chromium-driver",
+    ),
+]
 
 PROMPT = "### Instruction:\nCompute 17 + 26.\n### Response:\n"
 LAYERS = 30
@@ -313,8 +317,7 @@ def locked(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     save_adapter(make_adapter(base_shapes(str(tiny_llama)), ["q_proj"], 4, 3, seed=1), folder / "small")
     arguments = ["--model", str(tiny_llama), "--adapter", f"small={folder / 'small'}", "--api-key", "sesame"]
     arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4"]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with ServerProcess(arguments, folder / "log", env) as process:
+    with one_process_engine(arguments, folder / "log") as process:
         yield process
 
 

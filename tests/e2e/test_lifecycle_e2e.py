@@ -14,12 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 from adapter_client import HEADER, AdapterClient, Answer, answer_of, completion, wait_for, write_adapters
+from engines import one_process_engine
 
 from hydraserve.bench.process import ServerProcess
 
 SLOTS, HOST = 8, 12
 VERSIONS = 24
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 BLOCK = 32
 LONGEST = 8192
 # Longer than a KV block, so that the prefix cache has something to give.
@@ -43,7 +43,8 @@ def server(tiny_llama: Path, versions: list[Path], tmp_path_factory: pytest.Temp
     arguments += ["--max-rank", "8", "--max-heads", "4", "--allow-source", str(versions[0].parent.parent)]
     arguments += ["--disable-uvicorn-access-log"]
     folder = tmp_path_factory.mktemp("lifecycle")
-    with ServerProcess(arguments, folder / "server.log", {**ENV, "HYDRASERVE_CACHE": str(folder / "cache")}) as process:
+    env = {"HYDRASERVE_CACHE": str(folder / "cache")}
+    with one_process_engine(arguments, folder / "server.log", env) as process:
         yield process
 
 
@@ -172,14 +173,14 @@ def test_running_requests_end_with_what_they_began_with(
 ) -> None:
     old = client.add("turning", versions[0])
     expected = client.complete("turning", PROMPTS[0], 400)
-    running = Stream(server.url, "turning", 7000)
+    running = Stream(server.url, "turning", 4000)
     new = client.replace("turning", versions[1])
     assert client.complete("turning", PROMPTS[0], 4).digest == new["version"]
     assert running.is_alive(), "neither the replacement nor new requests may wait for running ones"
-    running.join(60)
+    running.join(300)  # on busy cores
     assert running.version == f"turning@{old['version']}"
     assert running.got[:400] == [*map(str, expected.tokens)]
-    assert (len(running.got), running.got[-1]) == (7001, "length")
+    assert (len(running.got), running.got[-1]) == (4001, "length")
 
 
 def test_removal_waits_for_running_requests_or_ends_them(

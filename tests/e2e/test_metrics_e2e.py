@@ -177,7 +177,7 @@ def test_an_adapter_hits_its_slot_once_a_request_and_not_once_a_step(adapters: A
 
 def test_waiting_for_the_adapter_counts(adapters: AdapterClient) -> None:
     """A derived adapter is made and loaded by its first request; that takes longer than to answer it."""
-    name, began = "attn-r4-e3@top_k=2", time.monotonic()
+    name, began = "all-r8-e4@top_k=3", time.monotonic()
     assert adapters.complete(name, [9, 8, 7], 1).status == 200
     seconds = time.monotonic() - began
     now = wait_until(adapters, "hydraserve_adapter_requests_total", 1, adapter=name)

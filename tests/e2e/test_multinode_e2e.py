@@ -16,11 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 from adapter_client import AdapterClient, wait_for
+from engines import ENGINE_ENV
 
 from hydraserve.bench.process import HYDRASERVE, ServerProcess, free_port
 from hydraserve.bench.usage import session_processes
 
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 PROMPT, TOKENS = range(5, 25), 16
 
 
@@ -82,7 +82,7 @@ class Nodes:
         port = free_port()
         together = [*arguments, "--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", wire.address]
         together += ["--master-port", str(port)]
-        env = {**ENV, **wire.first, "VLLM_CPU_OMP_THREADS_BIND": "0"}
+        env = {**ENGINE_ENV, **wire.first, "VLLM_CPU_OMP_THREADS_BIND": "0"}
         self.first = ServerProcess([*together, "--node-rank", "0"], folder / "first.log", env)
         command = [*wire.enter, sys.executable, *HYDRASERVE, *together, "--node-rank", "1", "--headless"]
         self.second_log = folder / "second.log"
@@ -91,7 +91,7 @@ class Nodes:
                 command,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **ENV, **wire.second, "VLLM_CPU_OMP_THREADS_BIND": "1"},
+                env={**os.environ, **ENGINE_ENV, **wire.second, "VLLM_CPU_OMP_THREADS_BIND": "1"},
                 start_new_session=True,
             )
 
@@ -140,6 +140,7 @@ def nodes(
             nodes.stop()
 
 
+@pytest.mark.long
 def test_two_nodes_equal_one_process(nodes: Nodes, tiny_server: ServerProcess, tiny_adapters: list[Path]) -> None:
     one, two = AdapterClient(tiny_server.url), AdapterClient(nodes.first.url)
     before = two.list()["residency"]

@@ -10,8 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-
-from hydraserve.bench.process import ServerProcess
+from engines import one_process_engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 
@@ -48,7 +47,7 @@ def bfloat16_client(
     arguments += ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
     arguments += ["--max-logprobs", "20"]
     log = tmp_path_factory.mktemp("bfloat16") / "server.log"
-    with ServerProcess(arguments, log, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}) as process:
+    with one_process_engine(arguments, log) as process:
         yield openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", timeout=120, max_retries=0)
 
 

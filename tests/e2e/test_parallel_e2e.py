@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 from adapter_client import AdapterClient, wait_for
+from engines import ENGINE_ENV
 from family import shared_routers
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -28,7 +29,6 @@ SHARED = "shared-router"  # of gate, up and down: the logits that down takes are
 LATE = {"late-r8-e2": (8, 2), "late-plain": (4, 1), "late-r4-e3": (4, 3)}  # what "late" is, one after the other
 ROUTED = ("hydra-r4-e3", "hydra-r8-e2")
 LAYERS, PROMPT, GENERATED = 2, 6, 20
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 Greedy = Callable[[str], list[int]]  # model -> the tokens that it answers
 
@@ -110,7 +110,7 @@ def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str
     arguments += ["--allow-source", str(adapters)]
     for name in (*ADAPTERS, SHARED):
         arguments += ["--adapter", f"{name}={adapters / name}"]
-    with ServerProcess(arguments, log, {**ENV, **env}) as server:
+    with ServerProcess(arguments, log, {**ENGINE_ENV, **env}) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
 
         def greedy(model: str) -> list[int]:
@@ -161,7 +161,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tensor", *(pytest.param(k, marks=pytest.mark.long) for k in ("pipeline", "data"))])
 def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Found, tmp_path: Path) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     two = found(tiny_llama, adapters, ["--enforce-eager", *KINDS[kind]], env, tmp_path / "log")

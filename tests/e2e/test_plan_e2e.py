@@ -10,6 +10,7 @@ import pytest
 from hydraserve.cli.main import main
 
 
+@pytest.mark.long
 def test_a_plan_is_checked_against_a_server(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a model that starts quickly."""
     arguments = ["plan", "--model", str(tiny_llama), "--adapters", "2", "--memory", "3500MiB", "--device", "cpu"]

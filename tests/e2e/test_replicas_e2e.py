@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from adapter_client import AdapterClient, completion, wait_for, write_adapters
+from engines import one_process_engine
 from prometheus_client.parser import text_string_to_metric_families
 from stream import Stream
 
@@ -29,10 +30,13 @@ ADAPTERS, SLOTS, REQUESTS = 12, 4, 150
 PROMPT = (5, 6, 7)
 
 # Also for what does not go through nginx: two servers take minutes to start beside other tests.
-pytestmark = pytest.mark.skipif(
-    shutil.which("nginx") is None or not MODULE.exists(),
-    reason="needs Debian's packages nginx-light and libnginx-mod-http-js",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("nginx") is None or not MODULE.exists(),
+        reason="needs Debian's packages nginx-light and libnginx-mod-http-js",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def names() -> list[str]:
 def replicas(
     tiny_llama: Path, names: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[ServerProcess]]:
-    """Two servers with the same adapters, more than either has slots for. Each has a core."""
+    """Two servers with the same adapters, more than either has slots for. Each computes with one thread."""
     folder = tmp_path_factory.mktemp("replicas")
     paths = write_adapters(tiny_llama, folder, ADAPTERS)
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
@@ -52,10 +56,7 @@ def replicas(
     arguments += ["--max-num-seqs", "8"]
     arguments += ["--slots", str(SLOTS), "--max-adapters", str(ADAPTERS)]
     arguments += [part for name, path in zip(names, paths, strict=True) for part in ("--adapter", f"{name}={path}")]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    servers = [
-        ServerProcess(arguments, folder / f"log-{i}", {**env, "VLLM_CPU_OMP_THREADS_BIND": str(i)}) for i in range(2)
-    ]
+    servers = [one_process_engine(arguments, folder / f"log-{i}") for i in range(2)]
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda server: server.start(), servers))

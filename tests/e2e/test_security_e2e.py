@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from adapter_client import AdapterClient, wait_for
+from engines import one_process_engine
 from malformed_adapters import CONTROLS, NAMED, malformed, named
 
 from hydraserve.adapters.save import save_adapter
@@ -65,12 +66,12 @@ def good(demo_model: Path, folder: Path) -> Path:
 def server(demo_model: Path, folder: Path, good: Path) -> Iterator[ServerProcess]:
     """A server with tenants, that all may reach, and an admin key."""
     (folder / "keys.toml").write_text(key_file(*KEYS, key_entry("gone", GOING, ["shared"])))
-    arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--enforce-eager"]
+    arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--enable-prefix-caching", "--block-size", "32"]
     arguments += ["--slots", "4", "--max-adapters", "6", "--max-rank", "8", "--max-heads", "4"]
     arguments += ["--allow-source", str(folder / "allowed"), "--api-key-file", str(folder / "keys.toml")]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "HYDRASERVE_CACHE": str(folder / "cache")}
-    with ServerProcess(arguments, folder / "server.log", {**env, "HYDRASERVE_ADMIN_API_KEY": ADMIN}) as process:
+    env = {"HYDRASERVE_CACHE": str(folder / "cache"), "HYDRASERVE_ADMIN_API_KEY": ADMIN}
+    with one_process_engine(arguments, folder / "server.log", env) as process:
         admin = AdapterClient(process.url, ADMIN)
         for name in ("a-sql", "b-sql", "shared"):
             admin.add(name, good)

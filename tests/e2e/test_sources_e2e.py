@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from adapter_client import AdapterClient, wait_for, write_adapters
+from engines import one_process_engine
 from moto.server import ThreadedMotoServer
 from source_servers import FileHandler, HubHandler, serving
 
@@ -71,10 +72,10 @@ class Places:
         arguments += ["--adapter-dir", str(self.wish), "--state-dir", str(self.state)]
         for source in (self.root / "local", "hf://", "s3://adapters", self.www):
             arguments += ["--allow-source", str(source)]
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HYDRASERVE_CACHE": str(self.root / "cache"), "HF_HUB_OFFLINE": "0"}
+        env = {"HYDRASERVE_CACHE": str(self.root / "cache"), "HF_HUB_OFFLINE": "0"}
         env |= {"HF_ENDPOINT": self.hub, "HF_HOME": str(self.root / "home"), "AWS_ENDPOINT_URL": self.s3}
         env |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-        return ServerProcess(arguments, self.root / "server.log", env)
+        return one_process_engine(arguments, self.root / "server.log", env)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from adapter_client import AdapterClient, completion, wait_for
+from engines import one_process_engine
 from full_disk import full_disk
 from raw_client import ask, connect, post_json, read_all
 from stream import Stream
@@ -157,9 +158,6 @@ def state_arguments(tiny_llama: Path, tiny_adapters: list[Path], tmp_path_factor
     return [*arguments, "--state-dir", str(tmp_path_factory.mktemp("kept-state"))]
 
 
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-
-
 def engine_process(leader: int) -> int:
     """The process that runs the model."""
     names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in session_processes(leader)}
@@ -186,12 +184,13 @@ def kept(
     clock.write_text("+0")
     faked = {"LD_PRELOAD": str(LIBFAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
     faked["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"  # as the kernel does when somebody sets the clock
-    with ServerProcess(state_arguments, folder / "log", {**ENV, **(faked if LIBFAKETIME else {})}) as server:
+    with one_process_engine(state_arguments, folder / "log", faked if LIBFAKETIME else {}) as server:
         client = AdapterClient(server.url)
         version = client.add("kept", tiny_adapters[0])["version"]
         yield Kept(server, clock, version, client.complete("kept", PROMPT, 12).tokens)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's package libfaketime")
 def test_a_clock_that_jumps_changes_nothing(kept: Kept) -> None:
     client = AdapterClient(kept.server.url)
@@ -221,7 +220,7 @@ def test_a_dead_engine_then_a_restart_then_a_drain(kept: Kept, state_arguments: 
     assert server.process.wait(60) == 1
     assert "error: engine: got a process of it that ended" in server.log.read_text()
 
-    with ServerProcess(state_arguments, tmp_path / "log", ENV) as again:
+    with one_process_engine(state_arguments, tmp_path / "log") as again:
         client = AdapterClient(again.url)
         assert client.get("kept")["version"] == kept.version
         assert client.complete("kept", PROMPT, 12).tokens == kept.tokens
