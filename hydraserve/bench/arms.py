@@ -14,6 +14,7 @@ from typing import Literal
 
 from hydraserve.adapters.sizing import check_targets
 from hydraserve.adapters.synthetic import make_adapter, save_adapter
+from hydraserve.errors import ConfigError
 
 BASE = "base"  # what the base model is called in requests
 
@@ -21,6 +22,9 @@ BASE = "base"  # what the base model is called in requests
 # differs by is how far two equal servers differ.
 KINDS = ("off", "control", "base-only", "hydra", "lora", "lora-wide", "reference")
 BASELINE = "off"
+
+# Numbers of different adapters, when nobody says which.
+DEFAULT_COUNTS = (1, 8)
 
 # transformers computes every request of a batch in lockstep and one adapter at a time; larger batches only take long.
 REFERENCE_LARGEST_BATCH = 8
@@ -121,6 +125,27 @@ class Plan:
         return max(self.counts)
 
 
+def adapter_counts(asked: Sequence[int] | None, there: int | None) -> list[int]:
+    """How many different adapters the arms have, ascending.
+
+    asked: None: nobody said. there: how many adapters there are; None: as many as are wanted, as they are random.
+
+    Raises ConfigError when more are asked for than there are.
+    """
+    if asked is None:
+        if there is None:
+            return list(DEFAULT_COUNTS)
+        return sorted({*(count for count in DEFAULT_COUNTS if count <= there), *([there] if there else [])})
+    if there is not None and max(asked) > there:
+        raise ConfigError(
+            what="--adapters",
+            got=max(asked),
+            expected=f"no more than the {there} adapter{'s' * (there != 1)} that there {'are' if there != 1 else 'is'}",
+            fix="name or load more adapters, or leave --adapters out",
+        )
+    return sorted(set(asked))
+
+
 def compare(plan: Plan) -> Comparison:
     """All servers and arms of a plan. Random adapters are written below plan.folder.
 
@@ -163,9 +188,7 @@ def running_server(
     """Arms for a server that runs already: its base model, and its adapters if it has any."""
     server = ServerSpec("running", "running", (), dict.fromkeys(adapters, Path()), url, key)
     arms = [Arm("base-only", "base only", "base-only", server.name, (base,), 0)]
-    if adapters:
-        fitting = [count for count in counts if count <= len(adapters)] or [len(adapters)]
-        arms += _adapter_arms("hydra", "adapters", server, fitting, "")
+    arms += _adapter_arms("hydra", "adapters", server, counts, "")
     return Comparison((server,), tuple(arms), "base-only")
 
 
@@ -183,7 +206,6 @@ def _adapter_arms(kind: str, title: str, server: ServerSpec, counts: Sequence[in
             shape=shape,
         )
         for count in counts
-        if count <= len(names)
     ]
 
 

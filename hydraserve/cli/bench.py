@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--shape", default="8x4", help="rank x heads of random adapters, a list (default: %(default)s)")
     what.add_argument("--target-modules", metavar="NAME,...", help="layers of random adapters (default: all)")
-    what.add_argument("--adapters", default="1,8", help="numbers of different adapters (default: %(default)s)")
+    what.add_argument(
+        "--adapters", metavar="N,...", help="numbers of different adapters (default: 1,8; of given ones also all)"
+    )
     what.add_argument("--slots", type=int, help="adapters in one batch (default: as many as there are)")
     what.add_argument(
         "--arms",
@@ -215,27 +217,24 @@ def read_workload(args: argparse.Namespace) -> tuple[Workload, list[Load]]:
 
 def read_comparison(args: argparse.Namespace, engine_flags: Sequence[str], folder: Path) -> Comparison:
     """The servers and the arms. Raises ConfigError."""
-    from hydraserve.bench.arms import Plan, compare, running_server
+    from hydraserve.bench.arms import Plan, adapter_counts, compare, running_server
     from hydraserve.bench.models import served_models
     from hydraserve.config import inference_key
     from hydraserve.engine.options import legal_max_rank
     from hydraserve.models import base_shapes, resolve_model
 
-    counts = sorted({int(n) for n in numbers(args.adapters, "--adapters", int)})
+    asked = [int(n) for n in numbers(args.adapters, "--adapters", int)] if args.adapters is not None else None
     if args.url:
         key = args.api_key or inference_key()
         base, adapters = served_models(args.url, key)
-        return running_server(args.url, base, adapters, counts, key)
+        return running_server(args.url, base, adapters, adapter_counts(asked, len(adapters)), key)
     shapes = read_shapes(args)
-    if shapes[0].folders:
-        given = len(shapes[0].folders)
-        counts = sorted({*(count for count in counts if count <= given), given})
     model = resolve_model(args.model)
     plan = Plan(
         model=model,
         base_shapes=base_shapes(model),
         shapes=shapes,
-        counts=counts,
+        counts=adapter_counts(asked, len(shapes[0].folders) or None),
         kinds=read_kinds(args),
         engine_flags=engine_flags,
         vllm_rank=legal_max_rank,

@@ -11,7 +11,7 @@ import pytest
 from fake_server import FakeServer
 
 from hydraserve.adapters.checkpoint import inspect_adapter
-from hydraserve.bench.arms import Arm, Comparison, Plan, ServerSpec, Shape, compare, running_server
+from hydraserve.bench.arms import Arm, Comparison, Plan, ServerSpec, Shape, adapter_counts, compare, running_server
 from hydraserve.bench.models import served_models
 from hydraserve.bench.process import ServerProcess
 from hydraserve.bench.result import Result
@@ -270,10 +270,30 @@ def test_a_running_server_is_asked_what_it_serves(fake_server: FakeServer) -> No
         served_models("http://127.0.0.1:9")
 
 
-def test_a_running_server_with_fewer_adapters_than_asked(fake_server: FakeServer) -> None:
-    made = running_server(fake_server.url, "base", ["one", "two"], [4, 8])
-    assert [arm.models for arm in made.arms] == [("base",), ("one", "two")]
-    assert running_server(fake_server.url, "base", [], [1]).arms[0].name == "base-only"
+def test_a_running_server_without_adapters(fake_server: FakeServer) -> None:
+    assert [arm.name for arm in running_server(fake_server.url, "base", [], []).arms] == ["base-only"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "counts"),
+    [
+        (None, None, [1, 8]),
+        (None, 0, []),
+        (None, 2, [1, 2]),
+        (None, 12, [1, 8, 12]),
+        ([4, 1, 4], None, [1, 4]),
+        ([2], 3, [2]),
+    ],
+)
+def test_numbers_of_adapters(asked: list[int] | None, there: int | None, counts: list[int]) -> None:
+    assert adapter_counts(asked, there) == counts
+
+
+def test_more_adapters_asked_for_than_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)--adapters: got 8.*no more than the 2 adapters that there are"):
+        adapter_counts([1, 8], 2)
+    with pytest.raises(ConfigError, match="no more than the 1 adapter that there is"):
+        adapter_counts([2], 1)
 
 
 def test_engine_facts_come_from_its_log(tmp_path: Path) -> None:
