@@ -213,6 +213,9 @@ def pip(*arguments: str) -> None:
 
 
 def pip_command(*arguments: str) -> list[str]:
+    """No bytecode of all that is installed, which takes as long as the rest: Python writes that of what it imports."""
+    if arguments[0] == "install":
+        arguments = ("install", "--no-compile", *arguments[1:])
     quiet = () if sys.stdout.isatty() else ("--quiet",)
     return [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *quiet, *arguments]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,13 +18,19 @@ OWN_ENGINES = (
     "tests/deploy/test_image_entry_point.py",
     *(
         f"tests/e2e/test_{name}_e2e.py"
-        for name in ("api_servers", "bases", "lifecycle", "parallel", "plan", "replicas", "security", "sources")
+        for name in ("api_servers", "bases", "lifecycle", "plan", "replicas", "security", "sources")
     ),
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the tests that are marked as long")
+
+
+def pytest_configure() -> None:
+    """Several processes that each compute with all cores take turns at waiting for one another."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -69,7 +77,6 @@ def tiny_llama(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     hidden 128, intermediate 256, 2 layers, vocabulary 512 with a working tokenizer: the first of the demo's tokens.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-llama")

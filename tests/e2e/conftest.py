@@ -78,6 +78,12 @@ def tiny_adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the adapters that test_parallel_e2e makes, to load them into `tiny_server` and into others."""
+    return tmp_path_factory.mktemp("tiny-shards")
+
+
+@pytest.fixture(scope="session")
 def tiny_www(tiny_adapters: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a web server with adapters of `tiny_adapters` as archives: v6.tar."""
     folder = tmp_path_factory.mktemp("www")
@@ -100,6 +106,7 @@ def tiny_server(
     tiny_llama: Path,
     tiny_adapters: list[Path],
     tiny_www: str,
+    tiny_shards: Path,
     unreadable_state: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
@@ -109,7 +116,7 @@ def tiny_server(
     arguments += ["--max-rank", "8", "--max-heads", "4", "--max-queued-requests", "100", "--max-body-mib", "1"]
     arguments += ["--num-gpu-blocks-override", "64"]  # a pool that is soon used whole: then memory has no cause to grow
     arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
-    arguments += ["--allow-source", tiny_www]
+    arguments += ["--allow-source", tiny_www, "--allow-source", str(tiny_shards), "--router-metrics", "on"]
     for name, path in zip(("first", "second"), tiny_adapters, strict=False):
         arguments += ["--adapter", f"{name}={path}"]
     folder = tmp_path_factory.mktemp("tiny-server")

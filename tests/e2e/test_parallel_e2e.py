@@ -1,6 +1,6 @@
 """Tensor, pipeline and data parallel, with adapters on all modules: the tokens, counts and traces of one process.
 
-That one process runs the model compiled, as is the default, the others do not: what both compute is the same, too.
+Tensor parallel runs the model compiled, as is the default, the others do not: what both compute is the same, too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ LATE = {"late-r8-e2": (8, 2), "late-plain": (4, 1), "late-r4-e3": (4, 3)}  # wha
 ROUTED = ("hydra-r4-e3", "hydra-r8-e2")
 LAYERS, PROMPT, GENERATED = 2, 6, 20
 
+COUNTED_ADAPTERS = {*ADAPTERS, SHARED, "late"}  # of those that the one process serves to other tests, too
+
 Greedy = Callable[[str], list[int]]  # model -> the tokens that it answers
 
 
@@ -49,7 +51,7 @@ class Found:
 def router_series(url: str) -> dict[str, float]:
     families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text)
     samples = [s for family in families for s in family.samples if s.name.startswith("hydraserve_router_")]
-    counters = [s for s in samples if s.name.endswith("_total") and s.labels]
+    counters = [s for s in samples if s.name.endswith("_total") and s.labels.get("adapter") in COUNTED_ADAPTERS]
     return {f"{s.name} {sorted(s.labels.items())}": s.value for s in counters}
 
 
@@ -103,37 +105,31 @@ def traced(url: str, adapter: str) -> dict[str, list[float]]:
     }
 
 
-def found(tiny_llama: Path, adapters: Path, flags: list[str], env: dict[str, str], log: Path) -> Found:
-    """What a server started with `flags` answers, counts and traces."""
-    arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *flags]
-    arguments += ["--max-model-len", "128", "--max-num-seqs", "8", "--router-metrics", "on"]
-    arguments += ["--allow-source", str(adapters)]
-    for name in (*ADAPTERS, SHARED):
-        arguments += ["--adapter", f"{name}={adapters / name}"]
-    with ServerProcess(arguments, log, {**ENGINE_ENV, **env}) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+def found(url: str, adapters: Path) -> Found:
+    """What a server with ADAPTERS and the shared router answers, counts and traces."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
 
-        def greedy(model: str) -> list[int]:
-            answer = client.completions.create(
-                model=model,
-                prompt=[5, 17, 42, 7, 99, 23],
-                max_tokens=GENERATED,
-                temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-            return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
+    def greedy(model: str) -> list[int]:
+        answer = client.completions.create(
+            model=model,
+            prompt=[5, 17, 42, 7, 99, 23],
+            max_tokens=GENERATED,
+            temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
 
-        with ThreadPoolExecutor(4) as pool:
-            models = ["tiny", *ADAPTERS, SHARED]
-            tokens = dict(zip(models, pool.map(greedy, models), strict=True))
-        routers = wait_for_counts(server.url, "hydra-r4-e3", 1)
-        traces = {name: traced(server.url, name) for name in ROUTED}
-        return Found(tokens, routers, traces, *come_and_go(server.url, adapters, tokens, greedy))
+    with ThreadPoolExecutor(4) as pool:
+        models = ["tiny", *ADAPTERS, SHARED]
+        tokens = dict(zip(models, pool.map(greedy, models), strict=True))
+    routers = wait_for_counts(url, "hydra-r4-e3", 1)
+    traces = {name: traced(url, name) for name in ROUTED}
+    return Found(tokens, routers, traces, *come_and_go(url, adapters, tokens, greedy))
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-adapters")
+def adapters(tiny_llama: Path, tiny_shards: Path) -> Path:
+    folder = tiny_shards
     shapes = base_shapes(str(tiny_llama))
     for seed, (name, (rank, heads)) in enumerate((ADAPTERS | LATE).items()):
         save_adapter(make_adapter(shapes, TARGETS, rank, heads, seed=seed), folder / name)
@@ -142,8 +138,13 @@ def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    one = found(tiny_llama, adapters, [], {}, tmp_path_factory.mktemp("single") / "log")
+def single(tiny_server: ServerProcess, adapters: Path) -> Found:
+    client = AdapterClient(tiny_server.url)
+    for name in (*ADAPTERS, SHARED):
+        client.add(name, adapters / name)
+    one = found(tiny_server.url, adapters)
+    for name in (*ADAPTERS, SHARED):
+        client.remove(name)
     routed = [value for name, value in one.routers.items() if "router_tokens" in name]
     series = len(TARGETS) * len(ROUTED) + 2  # of the shared routers, those of gate and up: down has none
     assert routed == [LAYERS * (PROMPT + GENERATED - 1)] * series
@@ -156,15 +157,21 @@ def single(tiny_llama: Path, adapters: Path, tmp_path_factory: pytest.TempPathFa
 # Data parallel with as many API server processes as engines: any of these may send a request to any of those.
 KINDS = {
     "tensor": ["--tensor-parallel-size", "2"],
-    "pipeline": ["--pipeline-parallel-size", "2"],
-    "data": ["--data-parallel-size", "2", "--api-server-count", "2"],
+    "pipeline": ["--pipeline-parallel-size", "2", "--enforce-eager"],
+    "data": ["--data-parallel-size", "2", "--api-server-count", "2", "--enforce-eager"],
 }
 
 
 @pytest.mark.parametrize("kind", ["tensor", *(pytest.param(k, marks=pytest.mark.long) for k in ("pipeline", "data"))])
 def test_two_equal_one(kind: str, tiny_llama: Path, adapters: Path, single: Found, tmp_path: Path) -> None:
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    two = found(tiny_llama, adapters, ["--enforce-eager", *KINDS[kind]], env, tmp_path / "log")
+    arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", *KINDS[kind]]
+    arguments += ["--max-model-len", "128", "--max-num-seqs", "8", "--router-metrics", "on"]
+    arguments += ["--allow-source", str(adapters)]
+    for name in (*ADAPTERS, SHARED):
+        arguments += ["--adapter", f"{name}={adapters / name}"]
+    env = {**ENGINE_ENV, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with ServerProcess(arguments, tmp_path / "log", env) as server:
+        two = found(server.url, adapters)
     assert (two.tokens, two.late) == (single.tokens, single.late)
     assert two.routers == pytest.approx(single.routers, rel=1e-4), "nothing is counted twice, and nothing is left out"
     assert two.loaded == pytest.approx(single.loaded, rel=1e-4), "nor of an adapter that came later"

@@ -198,6 +198,7 @@ def remember_of_another_base(state: Path, base: Path, name: str) -> None:
     journal.close()
 
 
+@pytest.mark.long
 def test_what_was_loaded_survives_a_restart(
     server: ServerProcess, client: AdapterClient, places: Places, tiny_llama: Path
 ) -> None:
