@@ -113,11 +113,12 @@ def tiny_server(
     """A server for tests that put it under load, feed it nonsense or make its disk fail; it has to survive them all."""
     arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--slots", "4", "--max-adapters", "8"]
-    arguments += ["--max-rank", "8", "--max-heads", "4", "--max-queued-requests", "100", "--max-body-mib", "1"]
+    arguments += ["--max-rank", "16", "--max-heads", "8", "--max-queued-requests", "100", "--max-body-mib", "1"]
+    arguments += ["--max-logprobs", "20"]
     arguments += ["--num-gpu-blocks-override", "64"]  # a pool that is soon used whole: then memory has no cause to grow
     arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
     arguments += ["--allow-source", tiny_www, "--allow-source", str(tiny_shards), "--router-metrics", "on"]
-    for name, path in zip(("first", "second"), tiny_adapters, strict=False):
+    for name, path in zip(("first", "second", "third"), tiny_adapters, strict=False):
         arguments += ["--adapter", f"{name}={path}"]
     folder = tmp_path_factory.mktemp("tiny-server")
     env = {**ENGINE_ENV, "HYDRASERVE_CACHE": str(folder / "cache")}  # downloads are not to be there from earlier runs

@@ -146,7 +146,7 @@ def test_metrics_are_those_of_all(server: ServerProcess, client: AdapterClient) 
     shown = [a.text for a in of_both(server, lambda http: http.get("/metrics"))]
     assert all("\nvllm:lora_requests_info{" in text for text in shown)
 
-    streams = [Stream(server.url, completion("first", PROMPT, 4000, stream=True), wait=False) for _ in range(6)]
+    streams = [Stream(server.url, completion("first", PROMPT, 2000, stream=True), wait=False) for _ in range(6)]
     running = "hydraserve_adapter_requests_running"
     wait_for(lambda: client.metric(running, adapter="first") > 2, "requests run")
     for stream in streams:

@@ -355,9 +355,9 @@ def test_under_load_every_answer_is_that_of_its_own_content(
     alone: dict[tuple[str, int], tuple[int, ...]],
 ) -> None:
     load = Load(server.url, versions, alone)
-    asyncio.run(load.run(requests=3000, changes=60, clients=24))
+    asyncio.run(load.run(requests=2000, changes=60, clients=24))
     assert load.wrong == []
-    assert load.answered > 2000
+    assert load.answered > 1300
     wait_for(lambda: all(card["requests_running"] == 0 for card in client.list()["data"]), "no request hangs")
 
 

@@ -23,7 +23,7 @@ from hydraserve.bench.process import ServerProcess
 from hydraserve.server.security import is_inference
 
 EXAMPLES = 8  # of each operation
-OWN = {"first", "second"}  # adapters of the server's other tests, which must not be taken away
+OWN = {"first", "second", "third"}  # adapters of the server's other tests, which must not be taken away
 
 
 @pytest.fixture

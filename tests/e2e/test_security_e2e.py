@@ -54,19 +54,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def good(demo_model: Path, folder: Path) -> Path:
-    """A small good adapter of the demo base: two layers."""
-    shapes = {name: shape for name, shape in base_shapes(str(demo_model)).items() if ".0." in name}
+def good(tiny_llama: Path, folder: Path) -> Path:
+    """A small good adapter of the tiny Llama: two layers."""
+    shapes = {name: shape for name, shape in base_shapes(str(tiny_llama)).items() if ".0." in name}
     path = folder / "allowed" / "good"
     save_adapter(make_adapter(shapes, ("q_proj", "down_proj"), 4, 3, seed=1), path)
     return path
 
 
 @pytest.fixture(scope="module")
-def server(demo_model: Path, folder: Path, good: Path) -> Iterator[ServerProcess]:
+def server(tiny_llama: Path, folder: Path, good: Path) -> Iterator[ServerProcess]:
     """A server with tenants, that all may reach, and an admin key."""
     (folder / "keys.toml").write_text(key_file(*KEYS, key_entry("gone", GOING, ["shared"])))
-    arguments = ["--model", str(demo_model), "--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"]
+    arguments = ["--model", str(tiny_llama), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--max-model-len", "512", "--max-num-seqs", "8", "--enable-prefix-caching", "--block-size", "32"]
     arguments += ["--slots", "4", "--max-adapters", "6", "--max-rank", "8", "--max-heads", "4"]
     arguments += ["--allow-source", str(folder / "allowed"), "--api-key-file", str(folder / "keys.toml")]
@@ -124,7 +124,7 @@ def test_a_tenant_neither_sees_nor_uses_what_is_not_its_own(
     for client, own, other in ((team_a, "a-sql", "b-sql"), (team_b, "b-sql", "a-sql")):
         assert sorted(client.names()) == sorted([own, "shared"])
         assert client.list()["residency"] is None
-        assert {model["id"] for model in client.http.get("/v1/models").json()["data"]} == {"demo", own, "shared"}
+        assert {model["id"] for model in client.http.get("/v1/models").json()["data"]} == {"tiny", own, "shared"}
         assert client.complete(own, PROMPT, 1).status == 200
         never = client.complete("never-there", PROMPT, 1)
         for model in (other, f"{other}@uniform"):
@@ -158,8 +158,8 @@ def hits(admin: AdapterClient) -> float:
 def test_the_prefix_cache_is_not_shared_across_tenants(
     admin: AdapterClient, team_a: AdapterClient, team_b: AdapterClient
 ) -> None:
-    prompt = [7 * i % 1000 + 50 for i in range(200)]
-    for model in ("shared", "demo"):
+    prompt = [7 * i % 400 + 50 for i in range(200)]
+    for model in ("shared", "tiny"):
         seen = [hits(admin)]
         for client in (team_a, team_b, team_a, team_b):
             assert client.complete(model, prompt, 1).status == 200
