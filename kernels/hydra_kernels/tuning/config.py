@@ -121,18 +121,27 @@ def default_shrink(tokens: int, in_features: int, rows: int, slices: int, itemsi
     return fewer if programs >= 48 else ShrinkConfig(16, 1, block_rows, block_in)
 
 
-def default_expand(tokens: int, out: int, k: int, itemsize: int) -> ExpandConfig:
+def default_expand(tokens: int, out: int, k: int, itemsize: int, splits: int) -> ExpandConfig:
     """Sizes for want of measured ones, by arithmetic for one adapter in the batch; more adapters make more programs.
 
     B is read once for each block of tokens, from the L2 mostly, and y once: with 16 tokens and K = 128 four bytes of
     B come for each byte of y, with 64 one. The gate and h are made once for all blocks of out of a program, so a
     program goes through as many as leave `EXPAND_PROGRAMS`.
+
+    Compilers may unroll the sum over groups of partial sums: 4 warps then load as many numbers of u at once as their
+    255 registers hold, or more (32 tokens, K = 128, 8 splits: 256 a thread). With 8 warps it is half of that; still
+    two programs share a multiprocessor, now with 16 warps, and nothing is read twice.
     """
     if itemsize == 4:  # no tensor cores: several blocks of K, each of which is built in registers
         return ExpandConfig(16, 16, 64, 1, 32)
     tile, block = (16, 16) if tokens <= 64 else (64, 32) if tokens < LARGE else (64, 64)
+    block_k = max(power_of_two(k), 16) if k <= MAX_BLOCK_K else 64
+    warps = 8 if splits > GROUP_CHUNKS and block >= 32 and block_k >= 64 else 4
     if k > MAX_BLOCK_K:
-        return ExpandConfig(tile, min(block, 32), 64, 1, 64)
+        # With one partial sum the loop over K needs up to 155 registers. Three programs have 160 each; without the
+        # limit ptxas tries to make room for a fourth, at 128, and spills.
+        registers = 160 if splits == 1 and block >= 32 else 0
+        return ExpandConfig(tile, min(block, 32), 64, 1, block_k, warps, registers=registers)
     programs = -(-tokens // block) * -(-out // 64)
     out_steps = next(steps for steps in (8, 4, 2, 1) if programs // steps >= EXPAND_PROGRAMS or steps == 1)
-    return ExpandConfig(tile, block, 64, out_steps, max(power_of_two(k), 16))
+    return ExpandConfig(tile, block, 64, out_steps, block_k, warps)
