@@ -60,6 +60,7 @@ def test_ampere() -> None:
     [
         ("llama-3-8b", "gate_up", 16, 8, 128, 90),
         ("llama-2-7b", "down", 16, 8, 128, 80),
+        ("llama-3-8b", "down", 16, 8, 256, 80),
         ("llama-3-8b", "down", 16, 4, 128, 80),
         ("llama-3-8b", "qkv", 64, 8, 2048, 80),
     ],
