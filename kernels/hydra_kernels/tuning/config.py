@@ -132,7 +132,7 @@ def default_expand(tokens: int, out: int, k: int, itemsize: int, splits: int) ->
     Compilers like to unroll the sum over partial sums and have all of its loads under way at once: for 32 tokens,
     K = 128 and 8 splits 256 numbers of u for each thread of 4 warps, which has 255 registers. Above `MAX_LOADS` it is
     8 warps: at most 128 registers, so that two programs share a multiprocessor; but up to 189 on sm_80 with 3 or 4
-    splits and out_steps 1, so that one has it. 16 tokens never need more than 168, with 4 warps.
+    splits and out_steps 1, so that one has it. 16 tokens never need more than 185, with 4 warps.
     """
     if itemsize == 4:  # no tensor cores: several blocks of K, each of which is built in registers
         return ExpandConfig(16, 16, 64, 1, 32)
