@@ -4,7 +4,8 @@
 
 Compiles what the launchers would launch on a GPU for which nothing was measured, for the layers of Llama-2-7B,
 Llama-3-8B and Llama-3-70B, r=8 E=4 and r=16 E=8 (for one layer also r=64 E=8, whose K takes several blocks, other
-dtypes, with a routing probe, and on sm_90 with programmatic dependent launch), decode and prefill, on sm_80 and sm_90.
+dtypes, with a routing probe, and on sm_90 with programmatic dependent launch; for one with many partial sums also
+r=64 E=8 and r=16 E=4), decode and prefill, on sm_80 and sm_90.
 Layers whose launches are the same code are one entry. Exits with 1 when any kernel spills. What Triton has compiled
 before comes from its cache, so that a run that was cut off goes on.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import provenance
 import torch
 import triton
-from hydra_kernels.tuning.config import default_expand, power_of_two
+from hydra_kernels.tuning.config import default_expand, default_shrink, power_of_two
 from hydra_kernels.tuning.machine_code import Launch, MachineCode, Specialisation, compile_launch, linear_launches
 from hydra_kernels.tuning.shapes import ADAPTERS, MODELS, LayerShape, capacity
 from hydra_kernels.weights import Layout
@@ -51,7 +52,9 @@ class Case:
         """Shrink, expand, and the sum of partial sums."""
         size, config = capacity(self.layout), None
         if self.pdl:
-            default = default_expand(power_of_two(self.tokens), self.layer.out, size.k, self.dtype.itemsize)
+            tokens, in_features, itemsize = power_of_two(self.tokens), self.layer.in_features, self.dtype.itemsize
+            shrink = default_shrink(tokens, in_features, size.rows, len(self.layer.out_slices), itemsize)
+            default = default_expand(tokens, self.layer.out, size.k, itemsize, shrink.splits(in_features))
             config = replace(default, pdl=True)
         return linear_launches(self.layer, size, self.tokens, self.dtype, expand_config=config, probe=self.probe)
 
@@ -71,6 +74,9 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(f"{name} with a routing probe", layer, ADAPTERS["r16-e8"], tokens, probe=True)
         yield Case(f"{name} with dependent launch", layer, ADAPTERS["r16-e8"], tokens, pdl=True)
         yield Case(f"llama-3-8b qkv r64-e8 T={tokens}", layer, WIDE, tokens)
+    down = MODELS["llama-3-8b"][3]
+    for adapter, layout in {"r16-e4": Layout(16, 4, has_router=True), "r64-e8": WIDE}.items():
+        yield Case(f"llama-3-8b down {adapter} T=128", down, layout, 128)
 
 
 def distinct(quick: bool) -> dict[tuple[str, ...], tuple[Launch, list[str]]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from hydra_kernels.tuning.config import ExpandConfig
 from hydra_kernels.tuning.shapes import ADAPTERS, MODELS, capacity
+from hydra_kernels.weights import Layout
 
 triton = pytest.importorskip("triton", reason="Triton, which compiles the kernels, is not installed")
 from hydra_kernels.tuning.machine_code import MachineCode, compile_launch, linear_launches  # noqa: E402  needs triton
@@ -22,6 +25,7 @@ pytestmark = [
     ),
 ]
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 QKV = MODELS["llama-3-8b"][0]
 SLOTS = capacity(ADAPTERS["r8-e4"])
 
@@ -49,6 +53,38 @@ def test_ampere() -> None:
         code = compile_launch(launch, 80)
         check(code, "HMMA")
         assert code.matrix == ("HMMA.16816.F32",)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "rank", "heads", "tokens", "capability"),
+    [
+        ("llama-3-8b", "gate_up", 16, 8, 128, 90),
+        ("llama-2-7b", "down", 16, 8, 128, 80),
+        ("llama-3-8b", "down", 16, 8, 256, 80),
+        ("llama-3-8b", "down", 16, 4, 128, 80),
+        ("llama-3-8b", "qkv", 64, 8, 2048, 80),
+    ],
+)
+def test_what_needs_most_registers(model: str, layer: str, rank: int, heads: int, tokens: int, capability: int) -> None:
+    """32 tokens that meet many partial sums, and a loop over K: with 4 warps and no limit these spilled."""
+    shape = next(shape for shape in MODELS[model] if shape.name == layer)
+    size = capacity(Layout(rank, heads, has_router=True))
+    code = compile_launch(linear_launches(shape, size, tokens, torch.bfloat16)[1], capability)
+    check(code, "HGMMA" if capability == 90 else "HMMA")
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_results_are_of_these_kernels(version: str) -> None:
+    """What is written down about the machine code is about kernels of the present names and parameters."""
+    entries = json.loads((RESULTS / f"compile_triton_{version}.json").read_text())["entries"]
+    present = {}
+    for launch in linear_launches(QKV, SLOTS, 8, torch.bfloat16):
+        constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+        present[launch.kernel.__name__.strip("_")] = constants
+    assert {entry["kernel"] for entry in entries} == set(present)
+    for entry in entries:
+        assert present[entry["kernel"]] <= set(entry["constants"]), "measure again: bench_compile.py"
+        assert (entry["spills"], entry["stack_bytes"]) == (0, 0)
 
 
 def test_sum_of_partial_sums() -> None:

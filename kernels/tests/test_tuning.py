@@ -57,7 +57,7 @@ def test_the_kernels_use_the_table_of_their_gpu(made_up_gpu: Path) -> None:
     (made_up_gpu / "made_up_gpu_9000_80_gb.json").write_text(table.dump({}, ENTRIES))
     cuda = torch.device("cuda")
     assert tuning.shrink_config(cuda, torch.bfloat16, 33, 4096, 24, 3) == SHRINK
-    assert tuning.expand_config(cuda, torch.float16, 2048, 6144, 128, 3) == EXPAND
+    assert tuning.expand_config(cuda, torch.float16, 2048, 6144, 128, 3, 1) == EXPAND
     defaults = default_shrink(64, 4096, 12, 3, 2), default_shrink(64, 4096, 24, 3, 4)
     assert tuning.shrink_config(cuda, torch.bfloat16, 33, 4096, 12, 3) == defaults[0], "a shape that was not measured"
     assert tuning.shrink_config(cuda, torch.float32, 33, 4096, 24, 3) == defaults[1], "no tensor cores"
@@ -65,8 +65,8 @@ def test_the_kernels_use_the_table_of_their_gpu(made_up_gpu: Path) -> None:
 
 @pytest.mark.usefixtures("made_up_gpu")
 def test_without_a_table_there_are_defaults() -> None:
-    found = tuning.expand_config(torch.device("cuda"), torch.bfloat16, 2000, 6144, 128, 3)
-    assert found == default_expand(2048, 6144, 128, 2)
+    found = tuning.expand_config(torch.device("cuda"), torch.bfloat16, 2000, 6144, 128, 3, 1)
+    assert found == default_expand(2048, 6144, 128, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_there_are_defaults_for_every_shape() -> None:
                 for itemsize in (2, 4):
                     slices = len(layer.out_slices)
                     shrink = default_shrink(tokens, layer.in_features, layout.z_rows, slices, itemsize)
-                    default_expand(tokens, layer.out, layout.k, itemsize)
+                    default_expand(tokens, layer.out, layout.k, itemsize, shrink.splits(layer.in_features))
                     if tokens == 1 and layout in ADAPTERS.values():
                         assert shrink.splits(layer.in_features) >= 8
 
@@ -132,9 +132,9 @@ def test_there_are_defaults_for_every_shape() -> None:
 def test_defaults_fill_a_gpu_and_read_little_twice(tokens: int) -> None:
     """For one adapter: programs, and the bytes of B and z that expand reads, against y read and written."""
     for layer, layout in product(SHAPES, ADAPTERS.values()):
-        expand = default_expand(tokens, layer.out, layout.k, 2)
         shrink = default_shrink(tokens, layer.in_features, layout.z_rows, len(layer.out_slices), 2)
         splits, y = shrink.splits(layer.in_features), 4 * tokens * layer.out
+        expand = default_expand(tokens, layer.out, layout.k, 2, splits)
         assert splits * len(layer.out_slices) * tokens / shrink.tile >= 48
         blocks = tokens / expand.tokens
         assert 2 * layout.k * layer.out * blocks <= (2 if tokens < 2048 else 1) * y
@@ -146,6 +146,16 @@ def test_defaults_fill_a_gpu_and_read_little_twice(tokens: int) -> None:
             )
         if expand.tokens == 64:
             assert splits == 1, "h of 64 tokens and the partial sums under way have to fit the registers"
+        loads = expand.tokens * expand.block_k * splits / (32 * expand.warps)
+        assert loads <= 64 or expand.warps == 8, "of u by a thread, in an unrolled loop over all partial sums"
+
+
+def test_the_limit_on_registers_is_for_a_loop_over_k_with_one_partial_sum() -> None:
+    """With two to four partial sums it takes up to 193 registers, with 16 tokens no more than 128."""
+    for tokens, splits in product((16, 64, 128, 2048), (1, 2, 4, 8)):
+        for k in (32, 128, 256, 512):
+            expected = 160 if k > 128 and splits == 1 and tokens > 64 else 0
+            assert default_expand(tokens, 4096, k, 2, splits).registers == expected
 
 
 def test_the_search_finds_the_fastest_of_independent_sizes() -> None:

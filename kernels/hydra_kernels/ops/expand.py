@@ -358,7 +358,8 @@ def expand_(
     tokens, rows = z.shape[-2:]
     _, out, k = b.shape
     slices, heads = bias.shape[1:]
-    config = config or replace(expand_config(y.device, y.dtype, tokens, out, k, slices), pdl=False)
+    splits = z.shape[0] if z.ndim == 4 else 1
+    config = config or replace(expand_config(y.device, y.dtype, tokens, out, k, slices, splits), pdl=False)
     programs = sum(-(-width // (config.block_out * config.out_steps)) for width in out_slices)
     tiles = tile_grid(meta_host, config.tile, tokens, max_slots, y.device)
     blocks = config.tile // config.tokens
@@ -382,7 +383,7 @@ def expand_(
         ROWS=rows,
         K_STRIDE=k,
         HEADS=heads,
-        SPLITS=z.shape[0] if z.ndim == 4 else 1,
+        SPLITS=splits,
         ALIGN=_alignment(out_slices),
         BLOCKS_OF_TILE=blocks,
         BLOCK_TOKENS=config.tokens,

@@ -14,7 +14,7 @@ import torch
 from hydra_kernels.metadata import NUM_SEGMENTS, NUM_TILES, StepMetadata
 from hydra_kernels.ops import grouped
 from hydra_kernels.slots import StackedSlots, meta_args
-from hydra_kernels.tuning import expand_config
+from hydra_kernels.tuning import ExpandConfig, ShrinkConfig, expand_config, shrink_config
 
 # The registrations last as long as this object.
 LIBRARY = torch.library.Library("hydra_kernels", "FRAGMENT")
@@ -178,9 +178,17 @@ def _linear_cuda(
     from hydra_kernels.ops.shrink import shrink_partials
 
     meta = meta_host, meta_device, max_tokens, max_slots
-    config = expand_config(y.device, y.dtype, y.shape[0], b.shape[1], b.shape[2], len(out_slices))
-    z = shrink_partials(x, a, layout, *meta, pdl=config.pdl)
-    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, config, probe, first_router, carry)
+    first, second = _block_sizes(a, b, x.shape[0])
+    z = shrink_partials(x, a, layout, *meta, first, second.pdl)
+    expand_(y, z, b, layout, bias, slice_start, out_slices, *meta, second, probe, first_router, carry)
+
+
+def _block_sizes(a: torch.Tensor, b: torch.Tensor, tokens: int) -> tuple[ShrinkConfig, ExpandConfig]:
+    """Of a shrink of `tokens` rows with a [slots, slices, rows, in], and of the expand that reads its partial sums."""
+    _, slices, rows, in_features = a.shape
+    first = shrink_config(a.device, a.dtype, tokens, in_features, rows, slices)
+    splits = first.splits(in_features)
+    return first, expand_config(a.device, a.dtype, tokens, b.shape[1], b.shape[2], slices, splits)
 
 
 @torch.library.register_fake("hydra_kernels::shrink", lib=LIBRARY)
@@ -217,16 +225,16 @@ def launch_empty_steps(slots: StackedSlots, max_tokens: int) -> None:
     from hydra_kernels.ops.shrink import shrink_partials, sum_partials
 
     meta = StepMetadata(max_tokens, slots.num_slots, slots.device, slots.capacity.heads)
-    step, slices, rows = meta_args(meta), slots.a.shape[1], slots.a.shape[2]
+    step, rows = meta_args(meta), slots.a.shape[2]
     gate = slots.b, slots.layout, slots.bias, slots.slice_start, slots.out_slices
     x = torch.empty(max_tokens, slots.in_features, dtype=slots.dtype, device=slots.device)
     y = torch.empty(max_tokens, sum(slots.out_slices), dtype=slots.dtype, device=slots.device)
     probe = None if slots.probe is None else slots.probe.control
     # Block sizes are chosen by powers of two.
     for tokens in [1 << bits for bits in range((max_tokens - 1).bit_length())] + [max_tokens]:
-        config = expand_config(slots.device, slots.dtype, tokens, slots.b.shape[1], slots.b.shape[2], slices)
-        z = shrink_partials(x[:tokens], slots.a, slots.layout, *step, pdl=config.pdl)
-        expand_(y[:tokens], z, *gate, *step, config, probe, slots.first_router, meta.carry)
+        first, second = _block_sizes(slots.a, slots.b, tokens)
+        z = shrink_partials(x[:tokens], slots.a, slots.layout, *step, first, second.pdl)
+        expand_(y[:tokens], z, *gate, *step, second, probe, slots.first_router, meta.carry)
         z = shrink_partials(x[:tokens], slots.a, slots.layout, *step)
         z = sum_partials(z, rows, slots.layout, meta.device, meta.max_tokens, meta.max_slots)
         expand_(y[:tokens], z, *gate, *step, None, probe, slots.first_router, meta.carry)

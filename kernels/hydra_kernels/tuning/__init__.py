@@ -19,9 +19,14 @@ def shrink_config(
     return _shrink(device, dtype, power_of_two(tokens), in_features, rows, slices)
 
 
-def expand_config(device: torch.device, dtype: torch.dtype, tokens: int, out: int, k: int, slices: int) -> ExpandConfig:
-    """Block sizes for `tokens` rows of y [T, out] and B with `k` columns; `out` is the sum over `slices` slices."""
-    return _expand(device, dtype, power_of_two(tokens), out, k, slices)
+def expand_config(
+    device: torch.device, dtype: torch.dtype, tokens: int, out: int, k: int, slices: int, splits: int
+) -> ExpandConfig:
+    """Block sizes for `tokens` rows of y [T, out] and B with `k` columns; `out` is the sum over `slices` slices.
+
+    splits: partial sums of each z, see `ShrinkConfig.splits`; 1 when z is summed.
+    """
+    return _expand(device, dtype, power_of_two(tokens), out, k, slices, splits)
 
 
 # Keyed by powers of two of the tokens, so that a server that sees every batch size keeps a few dozen entries.
@@ -36,9 +41,11 @@ def _shrink(
 
 
 @cache
-def _expand(device: torch.device, dtype: torch.dtype, tokens: int, out: int, k: int, slices: int) -> ExpandConfig:
+def _expand(
+    device: torch.device, dtype: torch.dtype, tokens: int, out: int, k: int, slices: int, splits: int
+) -> ExpandConfig:
     found = _find("expand", device, dtype, (out, k, slices), tokens)
-    return found if isinstance(found, ExpandConfig) else default_expand(tokens, out, k, dtype.itemsize)
+    return found if isinstance(found, ExpandConfig) else default_expand(tokens, out, k, dtype.itemsize, splits)
 
 
 def _find(

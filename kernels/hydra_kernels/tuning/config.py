@@ -16,8 +16,9 @@ MAX_CHUNKS, GROUP_CHUNKS = 16, 4
 CHUNK_UNIT = 512  # a chunk is a multiple of it, and every block_in divides it
 
 # Of the defaults. LARGE: tokens from which on tiles alone make enough programs. EXPAND_PROGRAMS: about what runs at
-# once on a GPU of 132 multiprocessors, four on each. MAX_BLOCK_K: columns of h that fit the registers.
-LARGE, EXPAND_PROGRAMS, MAX_BLOCK_K = 2048, 512, 128
+# once on a GPU of 132 multiprocessors, four on each. MAX_BLOCK_K: columns of h that fit the registers. MAX_LOADS: of
+# numbers of u by a program of 4 warps, 64 by each thread.
+LARGE, EXPAND_PROGRAMS, MAX_BLOCK_K, MAX_LOADS = 2048, 512, 128, 64 * 128
 
 
 def chunk_size(in_features: int) -> int:
@@ -121,18 +122,28 @@ def default_shrink(tokens: int, in_features: int, rows: int, slices: int, itemsi
     return fewer if programs >= 48 else ShrinkConfig(16, 1, block_rows, block_in)
 
 
-def default_expand(tokens: int, out: int, k: int, itemsize: int) -> ExpandConfig:
+def default_expand(tokens: int, out: int, k: int, itemsize: int, splits: int) -> ExpandConfig:
     """Sizes for want of measured ones, by arithmetic for one adapter in the batch; more adapters make more programs.
 
     B is read once for each block of tokens, from the L2 mostly, and y once: with 16 tokens and K = 128 four bytes of
     B come for each byte of y, with 64 one. The gate and h are made once for all blocks of out of a program, so a
     program goes through as many as leave `EXPAND_PROGRAMS`.
+
+    Compilers like to unroll the sum over partial sums and have all of its loads under way at once: for 32 tokens,
+    K = 128 and 8 splits 256 numbers of u for each thread of 4 warps, which has 255 registers. Above `MAX_LOADS` it is
+    8 warps: at most 128 registers, so that two programs share a multiprocessor; but up to 189 on sm_80 with 3 or 4
+    splits and out_steps 1, so that one has it. 16 tokens never need more than 185, with 4 warps.
     """
     if itemsize == 4:  # no tensor cores: several blocks of K, each of which is built in registers
         return ExpandConfig(16, 16, 64, 1, 32)
     tile, block = (16, 16) if tokens <= 64 else (64, 32) if tokens < LARGE else (64, 64)
+    block, block_k = (block, max(power_of_two(k), 16)) if k <= MAX_BLOCK_K else (min(block, 32), 64)
+    warps = 8 if block >= 32 and block * block_k * splits > MAX_LOADS else 4
     if k > MAX_BLOCK_K:
-        return ExpandConfig(tile, min(block, 32), 64, 1, 64)
+        # With one partial sum the loop over K needs up to 155 registers. Three programs have 160 each; without the
+        # limit ptxas tries to make room for a fourth, at 128, and spills.
+        registers = 160 if splits == 1 and block >= 32 else 0
+        return ExpandConfig(tile, block, 64, 1, block_k, warps, registers=registers)
     programs = -(-tokens // block) * -(-out // 64)
     out_steps = next(steps for steps in (8, 4, 2, 1) if programs // steps >= EXPAND_PROGRAMS or steps == 1)
-    return ExpandConfig(tile, block, 64, out_steps, max(power_of_two(k), 16))
+    return ExpandConfig(tile, block, 64, out_steps, block_k, warps)
