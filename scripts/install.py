@@ -27,7 +27,7 @@ import subprocess
 import urllib.error
 import urllib.request
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +49,19 @@ SYSTEM = {
     "/bin/ip": ("iproute2",),
     "/usr/lib/*/faketime/libfaketimeMT.so.1": ("libfaketime",),
     "/usr/bin/chromedriver": ("chromium", "chromium-driver"),
+}
+# What a server imports, and what tests and training do.
+SERVED = (
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.model_executor.models.llama",
+    "hydraserve.cli.main",
+)
+IMPORTED = {
+    "serve": SERVED,
+    "dev": (*SERVED, "pytest", "xdist", "hypothesis", "schemathesis", "openai", "moto.server", "peft", "trl", "triton"),
 }
 # Where this folder is, packages of servers start them: nginx and Prometheus would come up on somebody's machine.
 SYSTEMD = Path("/run/systemd/system")
@@ -128,6 +141,7 @@ def install(variant: str, profile: str, stamp: dict[str, str]) -> None:
     install_torch(variant, locks[0])
     pip("install", "--no-deps", *(f"--requirement={lock}" for lock in locks))
     pip("install", "--no-deps", "--no-build-isolation", f"--editable={ROOT}")
+    write_bytecode(IMPORTED[profile])
     done = {"serve", profile}
     fingerprints = {name: fingerprint(variant, name) for name in done}
     STAMP.write_text(json.dumps({"variant": variant, **fingerprints}, indent=1))
@@ -193,6 +207,16 @@ def apt_get(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
+def write_bytecode(modules: Sequence[str]) -> None:
+    """Of these modules and all that they import. Python does so by itself at the first import, but not where
+    PYTHONDONTWRITEBYTECODE is set: there every start of a server would compile everything anew."""
+    code = (
+        "import importlib, sys\nfor name in sys.argv[1:]:\n try: importlib.import_module(name)\n except Exception: pass"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run([str(VENV / "bin" / "python"), "-c", code, *modules], env=env, capture_output=True, check=False)
+
+
 def pip_finds(*arguments: str) -> bool:
     """Install without dependencies, if pip's sources have it."""
     command = pip_command("install", "--no-deps", *arguments)
@@ -213,7 +237,7 @@ def pip(*arguments: str) -> None:
 
 
 def pip_command(*arguments: str) -> list[str]:
-    """No bytecode of all that is installed, which takes as long as the rest: Python writes that of what it imports."""
+    """No bytecode of all that is installed, which takes as long as the rest: see `write_bytecode`."""
     if arguments[0] == "install":
         arguments = ("install", "--no-compile", *arguments[1:])
     quiet = () if sys.stdout.isatty() else ("--quiet",)

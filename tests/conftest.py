@@ -18,7 +18,7 @@ OWN_ENGINES = (
     "tests/deploy/test_image_entry_point.py",
     *(
         f"tests/e2e/test_{name}_e2e.py"
-        for name in ("api_servers", "bases", "lifecycle", "plan", "replicas", "security", "sources")
+        for name in ("api_servers", "bases", "lifecycle", "plan", "replicas", "restart", "security", "sources")
     ),
 )
 

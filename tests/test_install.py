@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +35,7 @@ class FakePip:
         self.asked: list[tuple[str, ...]] = []
         monkeypatch.setattr(install, "pip", lambda *arguments: self.asked.append(arguments))
         monkeypatch.setattr(install, "pip_finds", self.finds)
+        monkeypatch.setattr(install, "write_bytecode", lambda _: None)
 
     def finds(self, *arguments: str) -> bool:
         self.asked.append(arguments)
@@ -124,6 +126,21 @@ def test_a_second_time_does_nothing(install: ModuleType, monkeypatch: pytest.Mon
     # The two vLLM distributions own the same files: another variant is a new environment.
     assert run("--variant", "cuda", "serve") == 0
     assert made == ["venv", "venv"]
+
+
+def test_bytecode_is_written_where_python_does_not(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "outer.py").write_text("import inner")
+    (tmp_path / "inner.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    install.write_bytecode(["not_there_at_all", "outer"])
+    written = {path.name.partition(".")[0] for path in (tmp_path / "__pycache__").iterdir()}
+    assert written == {"outer", "inner"}
 
 
 def test_a_failed_install_is_tried_again(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
