@@ -78,9 +78,9 @@ def tiny_adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the adapters that test_parallel_e2e makes, to load them into `tiny_server` and into others."""
-    return tmp_path_factory.mktemp("tiny-shards")
+def tiny_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for adapters that tests make and load into `tiny_server`."""
+    return tmp_path_factory.mktemp("tiny-made")
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +106,7 @@ def tiny_server(
     tiny_llama: Path,
     tiny_adapters: list[Path],
     tiny_www: str,
-    tiny_shards: Path,
+    tiny_made: Path,
     unreadable_state: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
@@ -117,7 +117,7 @@ def tiny_server(
     arguments += ["--max-logprobs", "20"]
     arguments += ["--num-gpu-blocks-override", "64"]  # a pool that is soon used whole: then memory has no cause to grow
     arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
-    arguments += ["--allow-source", tiny_www, "--allow-source", str(tiny_shards), "--router-metrics", "on"]
+    arguments += ["--allow-source", tiny_www, "--allow-source", str(tiny_made), "--router-metrics", "on"]
     for name, path in zip(("first", "second", "third"), tiny_adapters, strict=False):
         arguments += ["--adapter", f"{name}={path}"]
     folder = tmp_path_factory.mktemp("tiny-server")

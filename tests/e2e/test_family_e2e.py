@@ -107,11 +107,11 @@ def test_every_format_equals_transformers_with_its_own_layers(
     client: openai.OpenAI,
     members: dict[str, Member | SharedRouterMember],
     model: nn.Module,
-    tmp_path: Path,
+    tiny_made: Path,
 ) -> None:
     errors, tokens = {}, set()
     for name, member in members.items():
-        card = admin.add(served(name), member.write(tmp_path / served(name)))
+        card = admin.add(served(name), member.write(tiny_made / served(name)))
         assert card["format"] == member.format
         errors[name] = worst(client, served(name), model, member.applied_to)
         tokens.add(tuple(complete(client, served(name), PROMPTS[0])[0]))
@@ -165,7 +165,7 @@ class Added(nn.Module):
 
 
 def test_composed_adapters(
-    admin: AdapterClient, client: openai.OpenAI, tiny_llama: Path, model: nn.Module, tmp_path: Path
+    admin: AdapterClient, client: openai.OpenAI, tiny_llama: Path, model: nn.Module, tiny_made: Path
 ) -> None:
     shapes = {
         path: shape
@@ -174,7 +174,7 @@ def test_composed_adapters(
     }
     first, second = lora_members(shapes)
     for name, member in (("part/one", first), ("part/two", second)):
-        admin.add(name, member.write(tmp_path / name))
+        admin.add(name, member.write(tiny_made / name))
     weights = [0.8, -0.6]
     recipe: list[dict[str, Any]] = [
         {"adapter": "part/one", "weight": weights[0]},
@@ -196,17 +196,17 @@ def test_composed_adapters(
 
     generator = torch.Generator().manual_seed(7)
     routers = {path: torch.randn(2, n_in, generator=generator) * 8 * n_in**-0.5 for path, (n_in, _) in shapes.items()}
-    (tmp_path / "router").mkdir()
-    file = tmp_path / "router" / "router.safetensors"
+    (tiny_made / "router").mkdir()
+    file = tiny_made / "router" / "router.safetensors"
     safetensors.torch.save_file({f"{path}.router.weight": router for path, router in routers.items()}, file)
-    routed = post(admin, name="composed/routed", compose=recipe, router=str(tmp_path / "router"))
+    routed = post(admin, name="composed/routed", compose=recipe, router=str(tiny_made / "router"))
     assert (routed["rank"], routed["heads"]) == (6, 2)
     mixed = Member("composed", {}, {path: Mixed(parts(path), weights, router) for path, router in routers.items()})
     assert worst(client, "composed/routed", model, mixed.applied_to) < FLOAT32_LIMIT
 
     # The same content as composing the folders here; and it stays when a part goes.
     local = compose(
-        [(load_adapter(tmp_path / name), w) for name, w in zip(("part/one", "part/two"), weights, strict=True)]
+        [(load_adapter(tiny_made / name), w) for name, w in zip(("part/one", "part/two"), weights, strict=True)]
     )
     assert local.digest == total["version"]
     before = complete(client, "composed/sum", PROMPTS[0])
@@ -241,7 +241,7 @@ def test_what_cannot_be_composed(admin: AdapterClient, body: dict[str, Any], sta
     assert "never" not in admin.names()
 
 
-def test_a_sum_of_too_many_ranks_says_what_fits(admin: AdapterClient, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_sum_of_too_many_ranks_says_what_fits(admin: AdapterClient, tiny_llama: Path, tiny_made: Path) -> None:
     """The slots of this server have room for 24 rows of [A; R]: rank 16 and 8 heads."""
     from family import make_member
 
@@ -253,7 +253,7 @@ def test_a_sum_of_too_many_ranks_says_what_fits(admin: AdapterClient, tiny_llama
     for seed in range(3):
         names.append(f"wide/{seed}")
         admin.add(
-            names[-1], make_member("lora", shape, make, {}, rank=16, alpha=8, seed=seed).write(tmp_path / names[-1])
+            names[-1], make_member("lora", shape, make, {}, rank=16, alpha=8, seed=seed).write(tiny_made / names[-1])
         )
     body = {"name": "never", "compose": [{"adapter": name} for name in names]}
     response = admin.http.post("/v1/adapters", json=body)

@@ -10,7 +10,11 @@ from typing import Any
 
 import openai
 import pytest
+from adapter_client import AdapterClient
 from engines import one_process_engine
+from malformed_adapters import CONTROLS, NAMED, named
+
+from hydraserve.bench.process import ServerProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 
@@ -37,6 +41,21 @@ def test_float32_tokens_and_logprobs_equal_the_authors_code(
         assert prompt.worst < FLOAT32_LIMIT, prompt
     compared = sum(prompt.compared for prompt in found)
     assert compared > 0.95 * 20 * sum(prompt.tokens for prompt in found)
+
+
+def test_copies_of_a_trained_adapter_with_a_fault(server: ServerProcess, oracle: Path, tmp_path: Path) -> None:
+    admin, target = AdapterClient(server.url), tmp_path / "faults"
+    named(oracle / "adapters" / "mlp_r2_e2", target)
+    for name in (*CONTROLS, *NAMED):
+        answer = admin.http.post("/v1/adapters", json={"name": name, "source": str(target / name)})
+        if name in CONTROLS:
+            assert answer.status_code == 201, answer.text
+            admin.remove(name)
+            continue
+        assert 400 <= answer.status_code < 500, f"{name}: {answer.text}"
+        assert NAMED[name] in answer.json()["error"]["message"], name
+    assert not (target / "PWNED").exists()
+    assert server.healthy()
 
 
 @pytest.fixture(scope="module")

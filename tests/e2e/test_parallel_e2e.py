@@ -128,8 +128,8 @@ def found(url: str, adapters: Path) -> Found:
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_llama: Path, tiny_shards: Path) -> Path:
-    folder = tiny_shards
+def adapters(tiny_llama: Path, tiny_made: Path) -> Path:
+    folder = tiny_made
     shapes = base_shapes(str(tiny_llama))
     for seed, (name, (rank, heads)) in enumerate((ADAPTERS | LATE).items()):
         save_adapter(make_adapter(shapes, TARGETS, rank, heads, seed=seed), folder / name)
