@@ -367,29 +367,23 @@ def test_more_adapters_than_slots_wait_about_equally(
     names = [f"fair-{i}" for i in range(2 * SLOTS)]
     for i, name in enumerate(names):
         client.add(name, versions[i])
-    # How many other answers came while one waited, not how long that took: others compute on this machine, too.
-    waits: dict[str, list[int]] = {name: [] for name in names}
-    answered = 0
+    # Whoever asks at once again is answered as often as it waits briefly. The first half asks with three clients each:
+    # left alone, these would keep the slots.
+    clients = [name for i, name in enumerate(names) for _ in range(3 if i < SLOTS else 1)]
+    answers = [0] * len(clients)
 
     async def run() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             deadline = time.monotonic() + 12
 
-            async def ask(name: str) -> None:
-                nonlocal answered
-                while time.monotonic() < deadline or len(waits[name]) < 2:
-                    begun = answered
+            async def ask(i: int, name: str) -> None:
+                while time.monotonic() < deadline:
                     answer = await http.post("/v1/completions", json=completion(name, PROMPTS[0], 8))
                     assert answer.status_code == 200
-                    waits[name].append(answered - begun)
-                    answered += 1
+                    answers[i] += 1
 
-            # The first half asks three times as much: left alone, it would keep the slots.
-            await asyncio.gather(*(ask(name) for i, name in enumerate(names) for _ in range(3 if i < SLOTS else 1)))
+            await asyncio.gather(*(ask(i, name) for i, name in enumerate(clients)))
 
     asyncio.run(run())
-    everything = [wait for of_one in waits.values() for wait in of_one]
-    longest, mean = max(everything), statistics.mean(everything)
-    told = f"{len(everything)} requests; answers that came while one waited: at most {longest}, on average {mean:.1f}"
-    print(told)
-    assert longest < 4 * mean, told
+    print(answers)
+    assert min(answers) > statistics.mean(answers) / 3, answers

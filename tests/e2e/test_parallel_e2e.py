@@ -5,7 +5,7 @@ Tensor parallel runs the model compiled, as is the default, the others do not: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +55,19 @@ def router_series(url: str) -> dict[str, float]:
     return {f"{s.name} {sorted(s.labels.items())}": s.value for s in counters}
 
 
-COUNTED = f"hydraserve_router_tokens_total {sorted({'adapter': 'ADAPTER', 'module': 'q_proj'}.items())}"
+COUNTED = f"hydraserve_router_tokens_total {sorted({'adapter': 'ADAPTER', 'module': 'up_proj'}.items())}"
 AT_ONCE = 4  # the same request: with two engines, both get some
 
 
-def wait_for_counts(url: str, adapter: str, requests: int) -> dict[str, float]:
-    """Every router series, when all tokens of so many requests to the adapter are counted."""
-    series, tokens = COUNTED.replace("ADAPTER", adapter), LAYERS * (PROMPT + GENERATED - 1) * requests
-    wait_for(lambda: router_series(url).get(series, 0) >= tokens, "the counts")
+def wait_for_counts(url: str, adapters: Iterable[str], requests: int) -> dict[str, float]:
+    """Every router series, when all tokens of so many requests to each of the adapters are counted."""
+    wanted, tokens = [COUNTED.replace("ADAPTER", name) for name in adapters], LAYERS * (PROMPT + GENERATED - 1)
+
+    def counted() -> bool:
+        series = router_series(url)
+        return all(series.get(name, 0) >= tokens * requests for name in wanted)
+
+    wait_for(counted, "the counts")
     return router_series(url)
 
 
@@ -81,7 +86,7 @@ def come_and_go(
     first, second, third = LATE
     client.add("late", adapters / first)
     ask(first)
-    counted = wait_for_counts(url, "late", AT_ONCE)
+    counted = wait_for_counts(url, ["late"], AT_ONCE)
     client.replace("late", adapters / second)
     ask(second)
     client.remove("late")
@@ -122,7 +127,7 @@ def found(url: str, adapters: Path) -> Found:
     with ThreadPoolExecutor(4) as pool:
         models = ["tiny", *ADAPTERS, SHARED]
         tokens = dict(zip(models, pool.map(greedy, models), strict=True))
-    routers = wait_for_counts(url, "hydra-r4-e3", 1)
+    routers = wait_for_counts(url, [*ROUTED, SHARED], 1)
     traces = {name: traced(url, name) for name in ROUTED}
     return Found(tokens, routers, traces, *come_and_go(url, adapters, tokens, greedy))
 
