@@ -60,7 +60,7 @@ TOKENS, IN, OUT = (333, 4096 + 24, (1032, 200)) if GPU else (19, 72, (40, 20))
 SHRINK_CONFIGS = [ShrinkConfig(16, 1, 32, 32), ShrinkConfig(64, 16, 16, 64), ShrinkConfig(64, 4, 32, 128, stages=2)]
 EXPAND_CONFIGS = [
     ExpandConfig(16, 16, 64, 1, 32),
-    ExpandConfig(64, 32, 64, 2, 64),
+    ExpandConfig(64, 32, 64, 2, 64, warps=8),
     ExpandConfig(64, 64, 128, 1, 16, warps=8),
 ]
 
