@@ -118,6 +118,7 @@ def tiny_server(
     arguments += ["--num-gpu-blocks-override", "64"]  # a pool that is soon used whole: then memory has no cause to grow
     arguments += ["--state-dir", str(unreadable_state), "--allow-source", str(tiny_adapters[0].parent)]
     arguments += ["--allow-source", tiny_www, "--allow-source", str(tiny_made), "--router-metrics", "on"]
+    arguments += ["--metrics-adapters", "1000"]  # metrics of every adapter, however many the tests load
     for name, path in zip(("first", "second", "third"), tiny_adapters, strict=False):
         arguments += ["--adapter", f"{name}={path}"]
     folder = tmp_path_factory.mktemp("tiny-server")
