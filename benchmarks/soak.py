@@ -223,9 +223,17 @@ async def soak(
         try:
             async for _ in traffic.rounds(seconds, round_s, clients):
                 found.at_rest.append(await sample())
+                print(progress(found, seconds), file=sys.stderr, flush=True)
         finally:
             sampling.cancel()
     return found
+
+
+def progress(found: Soak, seconds: float) -> str:
+    """One line on the round that has just ended."""
+    elapsed, size = found.at_rest[-1]
+    counts = f"{found.answers:,} answers, {found.changes:,} changes, {len(found.wrong)} wrong"
+    return f"{elapsed / 60:.0f} of {seconds / 60:.0f} min: {counts}, {size >> 20:,} MiB at rest"
 
 
 def report(found: Soak, seconds: float) -> dict[str, Any]:
@@ -274,6 +282,7 @@ def main() -> int:
         "--output", type=Path, help="also write the report there, and beside it the server's log after a fault"
     )
     args = parser.parse_args()
+    print("starting the server", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (process, sources):
         assert process.process is not None
         seconds = args.minutes * 60
