@@ -6,7 +6,8 @@
     python benchmarks/run.py --docs          put the tables of all result files into docs/benchmarks.md
     python benchmarks/run.py --targets       what was promised, and what was measured
 
-Further flags go to each `hydraserve bench`: `--enforce-eager` (results are then called NAME-eager), `--repeats 3`.
+`--suffix avx2` writes NAME-avx2.json: a further kind of machine, or of server, beside the others. Further flags go to
+each `hydraserve bench`: `--enforce-eager`, `--repeats 3`.
 """
 
 from __future__ import annotations
@@ -85,17 +86,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*BENCH, "plan", "agreement", "all", []], metavar="NAME")
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--suffix", type=lambda text: f"-{text}", default="", help="what result files end with")
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument("--targets", action="store_true", help="what was promised, and what was measured")
     args, flags = parser.parse_known_args()
     names = [*BENCH, "plan", "agreement"] if "all" in args.names else args.names
     status = 0
     for name in names:
-        status = measure(name, args.model, flags) or status
+        status = measure(name, args.model, args.suffix, flags) or status
     if args.docs:
         DOCUMENT.write_text(with_tables(DOCUMENT.read_text()))
     if args.targets:
-        print(targets.table(RESULTS), end="")
+        print(targets.table(RESULTS, args.suffix), end="")
     if not (names or args.docs or args.targets):
         for name, (answers, _, minutes) in BENCH.items():
             print(f"{name:14} {answers} (about {minutes} min on two cores)")
@@ -104,20 +106,20 @@ def main() -> int:
     return status
 
 
-def measure(name: str, model: str, flags: Sequence[str]) -> int:
+def measure(name: str, model: str, suffix: str, flags: Sequence[str]) -> int:
     """Run one measurement; its exit status."""
     print(f"== {name}", file=sys.stderr)
+    file = RESULTS / f"{name}{suffix}"
     if name == "plan":
-        return measure_plans(model)
+        return measure_plans(model, Path(f"{file}.json"))
     if name == "agreement":
         command = [sys.executable, str(ROOT / "benchmarks" / "agreement.py")]
-        return subprocess.run([*command, "--output", str(RESULTS / "agreement.json")]).returncode
-    file = RESULTS / (name + ("-eager" if "--enforce-eager" in flags else ""))
+        return subprocess.run([*command, "--output", f"{file}.json"]).returncode
     arguments = [*BENCH[name][1].split(), *flags]
     return hydraserve(["bench", "--model", model, *arguments, "--output", f"{file}.json", "--plot", f"{file}.png"])
 
 
-def measure_plans(model: str) -> int:
+def measure_plans(model: str, file: Path) -> int:
     """Check each of PLANS against a real server."""
     plans, status = [], 0
     for arguments in PLANS:
@@ -127,8 +129,8 @@ def measure_plans(model: str) -> int:
         plans.append({"arguments": arguments, **json.loads(out.getvalue())})
         print(json.dumps(plans[-1]["checked"]), file=sys.stderr)
     result = {"kind": "plan", "provenance": provenance(), "plans": plans}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
     return status
 
 

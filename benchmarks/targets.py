@@ -59,7 +59,7 @@ def ratio_of(target: Target, result: Mapping[str, Any]) -> Spread | None:
 
 
 def table(folder: Path, suffix: str = "", targets: Sequence[Target] = TARGETS) -> str:
-    """All targets as Markdown. suffix: of the result files' names, such as "-eager"."""
+    """All targets as Markdown. suffix: of the result files' names, such as "-avx2"."""
     lines = ["| target | batch | limit | measured [smallest..largest] | |", "| --- | ---: | ---: | ---: | --- |"]
     for target in targets:
         file = folder / f"{target.file}{suffix}.json"

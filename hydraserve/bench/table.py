@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import IO, Any
 
+from hydraserve.bench.machine import processor
+
 
 @dataclass(frozen=True)
 class Column:
@@ -79,8 +81,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def title(result: Mapping[str, Any]) -> str:
     machine = result["provenance"]["machine"]
-    where = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
-    return f"{result['model']} on {where}"
+    return f"{result['model']} on {', '.join(machine['gpus']) or processor(machine)}"
 
 
 def headings(result: Mapping[str, Any]) -> list[str]:

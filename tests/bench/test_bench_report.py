@@ -36,7 +36,7 @@ def metrics(tokens_per_s: float, share: float = 0.0, failed: float = 0.0) -> dic
 
 def result(**changes: Any) -> dict[str, Any]:
     about = {
-        "provenance": {"machine": {"gpus": [], "cpu": "Some CPU", "cores": 2}},
+        "provenance": {"machine": {"gpus": [], "cpu": "Some CPU", "cores": 2, "cpu_flags": ["avx2", "avx512f"]}},
         "model": "demo",
         "engine_flags": ["--enforce-eager"],
         "workload": {"input_len": "32", "output_len": "64", "popularity": "distinct"},
@@ -71,7 +71,7 @@ def test_terminal_table_has_the_same_cells() -> None:
     out = StringIO()
     show(result(), out)
     text = out.getvalue()
-    assert "demo on Some CPU, 2 cores" in text
+    assert "demo on Some CPU, 2 cores with AVX-512" in text
     line = next(line for line in text.splitlines() if "8 adapters" in line)
     assert line.split() == [
         *("8", "HydraLoRA", "r8", "E4,", "8", "adapters", "50.0", "±10%", "0.50", "20.0", "±10%", "2.00"),
