@@ -100,6 +100,7 @@ class Plan:
     slots:        adapters that fit into one batch; None: as many as there are.
     vllm_rank:    rank -> the value that vLLM's --max-lora-rank takes for it.
     folder:       where random adapters are written.
+    dtype:        what --dtype in engine_flags says; the reference computes in it too.
     """
 
     model: str
@@ -112,6 +113,7 @@ class Plan:
     folder: Path
     targets: Sequence[str] | None = None
     slots: int | None = None
+    dtype: str = "auto"
 
     @property
     def wrapped(self) -> tuple[str, ...]:
@@ -176,7 +178,7 @@ def compare(plan: Plan) -> Comparison:
     if "reference" in plan.kinds:
         shape = plan.shapes[0]
         adapters = shape.folders or _random_adapters(plan, shape.rank, shape.heads)
-        server = ServerSpec("reference", "reference", ("--model", plan.model), adapters)
+        server = ServerSpec("reference", "reference", ("--model", plan.model, "--dtype", plan.dtype), adapters)
         servers.append(server)
         arms += _adapter_arms("reference", "per-head in transformers", server, plan.counts, shape.label)
     return Comparison(tuple(servers), tuple(arms), BASELINE if "off" in plan.kinds else None)

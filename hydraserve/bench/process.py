@@ -40,6 +40,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def last_line(log: Path) -> str:
+    """What a process that failed said in the end."""
+    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "nothing")
+
+
 class ServerProcess:
     """A server on a free port of the loopback address, its output in `log`.
 
@@ -89,7 +94,7 @@ class ServerProcess:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(
                     what="server start",
-                    got=f"exit status {self.process.poll()}, log ends with:\n{self.log_tail()}",
+                    got=f"exit status {self.process.poll()}, its log ends with: {last_line(self.log)}",
                     expected=f"an answer on {self.url}/health within {self.start_timeout_s:.0f} s",
                     fix=f"see {self.log}",
                 )
@@ -119,10 +124,6 @@ class ServerProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
-
-    def log_tail(self, lines: int = 30) -> str:
-        """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def __enter__(self) -> ServerProcess:
         return self.start()

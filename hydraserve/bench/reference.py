@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ import torch
 from hydra_kernels import HydraWeights
 
 from hydraserve.adapters.checkpoint import load_adapter
+
+# vLLM's --dtype; "auto" is what it makes of the model's own 32 bits.
+DTYPES = {
+    "auto": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    **dict.fromkeys(("half", "float16"), torch.float16),
+    **dict.fromkeys(("float", "float32"), torch.float32),
+}
 
 
 class PerHeadLinear(torch.nn.Module):
@@ -57,7 +65,7 @@ class PerHeadLinear(torch.nn.Module):
 
 
 class PerHeadModel:
-    """A causal language model in bfloat16 whose adapted layers are PerHeadLinear."""
+    """A causal language model whose adapted layers are PerHeadLinear."""
 
     def __init__(self, model: str, adapters: Mapping[str, Path], dtype: torch.dtype = torch.bfloat16) -> None:
         from transformers import AutoModelForCausalLM
@@ -98,13 +106,19 @@ class PerHeadModel:
         return times
 
 
-def main() -> None:
+def build(arguments: Sequence[str] | None = None) -> PerHeadModel:
+    """The model that this process's arguments, or these, ask for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH")
-    args = parser.parse_args()
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="in vLLM's words")
+    args = parser.parse_args(arguments)
     adapters = dict(text.split("=", 1) for text in args.adapter)
-    model = PerHeadModel(args.model, {name: Path(path) for name, path in adapters.items()})
+    return PerHeadModel(args.model, {name: Path(path) for name, path in adapters.items()}, DTYPES[args.dtype])
+
+
+def main() -> None:
+    model = build()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from hydraserve.bench.arms import BASE
 from hydraserve.bench.client import drive
+from hydraserve.bench.process import last_line
 from hydraserve.bench.scrape import Scrape, scrape
 from hydraserve.bench.stats import RequestRecord
 from hydraserve.bench.workload import Load, Request
@@ -129,10 +130,9 @@ class ReferenceTarget:
         process, _, answers = self._running()
         line = answers.readline()
         if not line:
-            tail = self.log.read_text(errors="replace")[-2000:]
             raise EngineError(
                 what="the reference in transformers",
-                got=f"exit status {process.wait()}, log ends with:\n{tail}",
+                got=f"exit status {process.wait()}, its log ends with: {last_line(self.log)}",
                 expected="an answer",
                 fix=f"see {self.log}",
             )

@@ -241,6 +241,7 @@ def read_comparison(args: argparse.Namespace, engine_flags: Sequence[str], folde
         folder=folder / "adapters",
         targets=args.target_modules.split(",") if args.target_modules else None,
         slots=args.slots,
+        dtype=given_dtype(engine_flags),
     )
     return compare(plan)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from hydraserve.bench.process import ServerProcess
 from hydraserve.bench.usage import session_processes
 from hydraserve.cli.signals import Terminated, terminable
+from hydraserve.errors import EngineError
 
 # A server that answers /health, with a child as an engine has; its arguments are --host ADDRESS --port PORT.
 SERVER = """\
@@ -46,6 +48,12 @@ def test_a_command_that_is_ended_ends_its_servers(tmp_path: Path, number: signal
         command.send_signal(number)
         assert command.wait(60) == 128 + number, "as shells give it"
     assert session_processes(session) == []
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    fails = ServerProcess([], tmp_path / "log", command=("-c", "print('x' * 10_000); raise SystemExit('no such port')"))
+    with pytest.raises(EngineError, match="exit status 1, its log ends with: no such port"), fails:
+        pass
 
 
 def test_a_second_signal_does_not_interrupt_the_stopping() -> None:

@@ -11,8 +11,8 @@ from hydra_kernels.reference import delta
 from hydra_kernels.testing import random_weights
 
 from hydraserve.adapters.synthetic import make_adapter, save_adapter
-from hydraserve.bench.arms import BASE
-from hydraserve.bench.reference import PerHeadLinear, PerHeadModel
+from hydraserve.bench.arms import BASE, Plan, Shape, compare
+from hydraserve.bench.reference import PerHeadLinear, PerHeadModel, build
 from hydraserve.bench.targets import ReferenceTarget
 from hydraserve.bench.workload import Load, Request
 from hydraserve.errors import EngineError
@@ -81,6 +81,29 @@ def test_process_answers_group_by_group(tiny_llama: Path, adapters: dict[str, Pa
     assert records[0].tokens == records[1].tokens, "the requests of one adapter are one batch"
     assert records[0].end < records[2].tokens[0][0], "the next adapter waits"
     assert records[2].start == records[0].start, "and its requests wait with it"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("auto", torch.bfloat16), ("float32", torch.float32), ("half", torch.float16)]
+)
+def test_it_computes_in_the_dtype_of_the_servers(
+    name: str, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """They could not be compared otherwise: in float32 twice the bytes are read."""
+    model = str(tiny_llama)
+    plan = Plan(
+        model=model,
+        base_shapes=base_shapes(model),
+        shapes=[Shape(4, 2)],
+        counts=[1],
+        kinds=["reference"],
+        engine_flags=[],
+        vllm_rank=lambda rank: rank,
+        folder=tmp_path,
+        dtype=name,
+    )
+    (server,) = compare(plan).servers
+    assert build(server.arguments).model.dtype == dtype
 
 
 def test_a_process_that_cannot_start_says_why(tmp_path: Path) -> None:
