@@ -136,7 +136,8 @@ def found(url: str, adapters: Path) -> Found:
 def adapters(tiny_llama: Path, tiny_made: Path) -> Path:
     folder = tiny_made
     shapes = base_shapes(str(tiny_llama))
-    for seed, (name, (rank, heads)) in enumerate((ADAPTERS | LATE).items()):
+    # Contents of their own: counts of one that `tiny_adapters` has too would be shown under the name used most.
+    for seed, (name, (rank, heads)) in enumerate((ADAPTERS | LATE).items(), 100):
         save_adapter(make_adapter(shapes, TARGETS, rank, heads, seed=seed), folder / name)
     shared_routers(shapes, dense=True, seed=9).write(folder / SHARED)
     return folder
