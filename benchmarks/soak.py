@@ -9,8 +9,8 @@ the content that it was computed with and is compared with what that content ans
 server's processes have allocated. What adapters take goes up and down with them, so at the end of each round
 everything is brought to rest, no request and no adapter of the traffic left; the slope is fitted over these moments in
 the second half of the run, when caches are full. oneDNN keeps what it compiled for each number of tokens that a step
-ever had: 2 MiB each in float32, up to 0.8 GiB, which takes hours of this traffic to fill. The server is started with
-that cache small, so that the slope is of what the server keeps.
+ever had, about 2 MiB each in float32. On a slow machine half an hour of this traffic does not show it them all, so the
+server is started with that cache small: the slope is of what the server keeps.
 
 Exit status 0 only when no answer was wrong, none was a 5xx, and memory grew by less than --max-slope.
 """

@@ -24,7 +24,7 @@ from hydra_kernels import HydraWeights
 
 from hydraserve.adapters.checkpoint import load_adapter
 
-# vLLM's --dtype; "auto" is what it makes of the model's own 32 bits.
+# vLLM's --dtype. For "auto", what vLLM takes for a model saved in bfloat16 or float32.
 DTYPES = {
     "auto": torch.bfloat16,
     "bfloat16": torch.bfloat16,
